@@ -1,0 +1,274 @@
+"""The latent UNet of AudioLDM (arXiv 2301.12503, section 3.2) and MusicLDM (arXiv 2308.01546).
+
+Predicts noise (or velocity, or the clean latent) from a noisy latent `zt`, a time step, and up to two kinds of
+condition: one vector `embed` for the whole clip (CLAP; "FiLM" in the original's words, though it is only
+concatenated or added to the time embedding), and a sequence `context` for cross-attention. Without a context
+width, both attentions of a layer are self-attention, as in every released AudioLDM and MusicLDM.
+
+Matches `openaimodel.UNetModel` of the AudioLDM repositories and diffusers' `UNet2DConditionModel`; like the
+latter and unlike the former it takes latents of any length. Axis letters: b batch, c channels, d width,
+t latent frames, f latent mel bins, l context tokens.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm_audio.layers import GEGLU, Attention, ResBlock, TimeEmbedding, zero_init
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention, attention to the context (or to itself again), feed-forward; each behind a LayerNorm."""
+
+    def __init__(self, *, dim: int, num_heads: int, context_dim: int | None, dropout: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim=dim, num_heads=num_heads, context_dim=None, dropout=dropout)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim=dim, num_heads=num_heads, context_dim=context_dim, dropout=dropout)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = GEGLU(dim=dim, dropout=dropout)
+
+    def forward(self, x: Tensor, context: Tensor | None, context_mask: Tensor | None) -> Tensor:
+        """(b, t·f, d), context (b, l, d) or None, mask (b, l) or None -> (b, t·f, d)."""
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context, context_mask)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer layers over all positions of a feature map, frames outermost, as one residual branch."""
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        num_heads: int,
+        depth: int,
+        context_dim: int | None,
+        norm_groups: int,
+        dropout: float,
+    ):
+        super().__init__()
+        self.context_dim = context_dim
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)  # not the 1e-5 of the res blocks
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.layers = nn.ModuleList(
+            TransformerLayer(dim=channels, num_heads=num_heads, context_dim=context_dim, dropout=dropout)
+            for _ in range(depth)
+        )
+        self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor, context: Tensor | None, context_mask: Tensor | None) -> Tensor:
+        """(b, c, t, f), context (b, l, d), mask (b, l) -> (b, c, t, f); no use of a context it has no width for."""
+        if self.context_dim is None:
+            context = context_mask = None
+        h = rearrange(self.proj_in(self.norm(x)), "b c t f -> b (t f) c")
+        for layer in self.layers:
+            h = layer(h, context, context_mask)
+        return x + self.proj_out(rearrange(h, "b (t f) c -> b c t f", f=x.shape[-1]))
+
+
+class Block(nn.Module):
+    """A res block and the transformers behind it (none on levels without attention)."""
+
+    def __init__(self, *, res: ResBlock, transformers: Iterable[SpatialTransformer]):
+        super().__init__()
+        self.res = res
+        self.transformers = nn.ModuleList(transformers)
+
+    def forward(
+        self, x: Tensor, embed: Tensor, context: Tensor | None, context_mask: Tensor | None
+    ) -> Tensor:
+        """(b, c, t, f), embed (b, d) -> (b, out_channels, t, f)."""
+        x = self.res(x, embed)
+        for transformer in self.transformers:
+            x = transformer(x, context, context_mask)
+        return x
+
+
+class Level(nn.Module):
+    """The blocks of one resolution and the convolution that leaves it (None at the last level of a path)."""
+
+    def __init__(self, *, blocks: Iterable[Block], resample: nn.Conv2d | None):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.resample = resample
+
+
+class UNet(nn.Module):
+    """Denoiser of mel latents; all sizes are arguments, one entry a level in the sequences.
+
+    `attention_levels` says which levels have transformers (the middle always has), `num_heads` how many heads
+    these have (the middle has the last level's). Of several `transformers_per_block`, the first stays
+    self-attention and only the others see the context, as in the original's `extra_sa_layer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        out_channels: int,
+        channels: int,
+        channel_mults: Sequence[int],
+        num_res_blocks: int,
+        attention_levels: Sequence[bool],
+        num_heads: Sequence[int],
+        transformer_depth: int,
+        transformers_per_block: int,
+        embed_dim: int | None,
+        embed_mode: str,
+        context_dim: int | None,
+        norm_groups: int,
+        dropout: float,
+    ):
+        super().__init__()
+        if not len(channel_mults) == len(attention_levels) == len(num_heads):
+            raise ValueError(
+                "one entry a level is needed: "
+                f"{len(channel_mults)} channel_mults, {len(attention_levels)} attention_levels, "
+                f"{len(num_heads)} num_heads"
+            )
+        if embed_mode not in ("concat", "add"):
+            raise ValueError(f"embed_mode must be 'concat' or 'add', got {embed_mode!r}")
+        self.embed_mode = embed_mode
+        self.context_dim = context_dim
+        self._checkpointing = False
+
+        time_dim = 4 * channels
+        self.time_embed = TimeEmbedding(dim=channels, out_dim=time_dim)
+        self.embed_proj = None if embed_dim is None else nn.Linear(embed_dim, time_dim)
+        condition_dim = 2 * time_dim if embed_dim is not None and embed_mode == "concat" else time_dim
+
+        def res_block(in_width: int, out_width: int) -> ResBlock:
+            block = ResBlock(
+                in_channels=in_width,
+                out_channels=out_width,
+                embed_dim=condition_dim,
+                norm_groups=norm_groups,
+                norm_eps=1e-5,
+                dropout=dropout,
+            )
+            zero_init(block.conv2)
+            return block
+
+        def transformers(width: int, heads: int) -> list[SpatialTransformer]:
+            return [
+                SpatialTransformer(
+                    channels=width,
+                    num_heads=heads,
+                    depth=transformer_depth,
+                    context_dim=None if place == 0 and transformers_per_block > 1 else context_dim,
+                    norm_groups=norm_groups,
+                    dropout=dropout,
+                )
+                for place in range(transformers_per_block)
+            ]
+
+        def block(in_width: int, level: int) -> Block:
+            attention = transformers(widths[level], num_heads[level]) if attention_levels[level] else []
+            return Block(res=res_block(in_width, widths[level]), transformers=attention)
+
+        widths = [channels * mult for mult in channel_mults]
+        last = len(widths) - 1
+        width = channels
+        skip_widths = [channels]
+        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+
+        self.down = nn.ModuleList()
+        for level in range(last + 1):
+            blocks = []
+            for _ in range(num_res_blocks):
+                blocks.append(block(width, level))
+                width = widths[level]
+                skip_widths.append(width)
+            resample = None
+            if level < last:
+                resample = nn.Conv2d(width, width, 3, stride=2, padding=1)
+                skip_widths.append(width)
+            self.down.append(Level(blocks=blocks, resample=resample))
+
+        self.mid = nn.ModuleList(
+            [
+                Block(res=res_block(width, width), transformers=transformers(width, num_heads[last])),
+                Block(res=res_block(width, width), transformers=[]),
+            ]
+        )
+
+        self.up = nn.ModuleList()  # deepest level first, as it runs
+        for level in range(last, -1, -1):
+            blocks = []
+            for _ in range(num_res_blocks + 1):
+                blocks.append(block(width + skip_widths.pop(), level))
+                width = widths[level]
+            resample = nn.Conv2d(width, width, 3, padding=1) if level > 0 else None
+            self.up.append(Level(blocks=blocks, resample=resample))
+
+        self.norm_out = nn.GroupNorm(norm_groups, channels, eps=1e-5)
+        self.conv_out = zero_init(nn.Conv2d(channels, out_channels, 3, padding=1))
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Recompute the blocks' activations in the backward pass instead of keeping them (less memory, more time)."""
+        self._checkpointing = enabled
+
+    def forward(
+        self,
+        zt: Tensor,
+        timestep: Tensor,
+        embed: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Noisy latent (b, c, t, f), time step (b,) -> prediction (b, out_channels, t, f).
+
+        embed (b, embed_dim) is needed where the network has an `embed_dim`, context (b, l, context_dim) where
+        it has a `context_dim`; context_mask (b, l) is True at the tokens to keep.
+        """
+        condition = self._condition(timestep, embed)  # (b, d)
+        if (context is None) != (self.context_dim is None):
+            raise ValueError(
+                f"context_dim is {self.context_dim}, but context is {'missing' if context is None else 'given'}"
+            )
+
+        def run(block: Block, x: Tensor) -> Tensor:
+            if self._checkpointing and torch.is_grad_enabled():
+                return checkpoint(block, x, condition, context, context_mask, use_reentrant=False)
+            return block(x, condition, context, context_mask)
+
+        h = self.conv_in(zt)
+        skips = [h]
+        for level in self.down:
+            for block in level.blocks:
+                h = run(block, h)
+                skips.append(h)
+            if level.resample is not None:
+                h = level.resample(h)
+                skips.append(h)
+
+        for block in self.mid:
+            h = run(block, h)
+
+        for level in self.up:
+            for block in level.blocks:
+                h = run(block, torch.cat([h, skips.pop()], dim=1))
+            if level.resample is not None:
+                # Twice the size, or one less where halving rounded up: the skip knows.
+                h = level.resample(F.interpolate(h, size=skips[-1].shape[-2:], mode="nearest"))
+
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+    def _condition(self, timestep: Tensor, embed: Tensor | None) -> Tensor:
+        """The vector that every res block sees: time embedding, and the clip's embedding beside or upon it."""
+        if (embed is None) != (self.embed_proj is None):
+            width = None if self.embed_proj is None else self.embed_proj.in_features
+            raise ValueError(f"embed_dim is {width}, but embed is {'missing' if embed is None else 'given'}")
+        time = self.time_embed(timestep)
+        if embed is None:
+            return time
+        if self.embed_mode == "concat":
+            return torch.cat([time, self.embed_proj(embed)], dim=-1)
+        return time + self.embed_proj(embed)
