@@ -1,0 +1,131 @@
+"""HiFi-GAN generator (Kong et al. 2020, arXiv 2010.05646, section 2.2): log-mel in, waveform out.
+
+Must match, key for key and sample for sample, the vocoders inside AudioLDM and MusicLDM checkpoints
+(16 kHz, 64 mel bins) and transformers' `SpeechT5HifiGan` with `normalize_before=False`.
+
+`high_resolution=True` is the padding rule of the 48 kHz, 256-bin variant, which makes the output exactly
+`hop_length * n` samples long. Its parameter names follow the 16 kHz model; neither they nor its shapes have
+been compared with a released 48 kHz file.
+
+Departs from the original in that a new generator carries no weight norm: training adds it, and released
+inference weights have it folded in already.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
+
+LEAK = 0.1
+FINAL_LEAK = 0.01  # the original forgot to pass its slope at the last activation; released weights need it
+
+
+class HiFiGAN(nn.Module):
+    """Upsampling by transposed convolutions, each followed by the mean of several residual blocks.
+
+    Args:
+        n_mels: mel bins of the input.
+        channels: width after the first convolution; every upsampling stage halves it.
+        upsample_rates: stride of each stage; their product is `hop_length`.
+        upsample_kernels: kernel of each stage.
+        resblock_kernels: kernels of the residual blocks that run side by side in each stage.
+        resblock_dilations: dilations within each of those blocks.
+        high_resolution: padding rule of the upsamplers, see `upsample_padding`.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_mels: int,
+        channels: int,
+        upsample_rates: Sequence[int],
+        upsample_kernels: Sequence[int],
+        resblock_kernels: Sequence[int],
+        resblock_dilations: Sequence[Sequence[int]],
+        high_resolution: bool,
+    ):
+        super().__init__()
+        self.hop_length = math.prod(upsample_rates)
+        self.conv_pre = nn.Conv1d(n_mels, channels, kernel_size=7, padding=3)
+        self.ups = nn.ModuleList()
+        self.resblocks = nn.ModuleList()
+        widths = [channels // 2**stage for stage in range(len(upsample_rates) + 1)]
+        for stage, (rate, kernel) in enumerate(zip(upsample_rates, upsample_kernels, strict=True)):
+            wide_in, wide_out = widths[stage : stage + 2]
+            padding, extra = upsample_padding(rate=rate, kernel=kernel, high_resolution=high_resolution)
+            self.ups.append(
+                nn.ConvTranspose1d(
+                    wide_in, wide_out, kernel, stride=rate, padding=padding, output_padding=extra
+                )
+            )
+            self.resblocks.extend(
+                ResBlock(channels=wide_out, kernel=resblock_kernel, dilations=dilations)
+                for resblock_kernel, dilations in zip(resblock_kernels, resblock_dilations, strict=True)
+            )
+        self.conv_post = nn.Conv1d(widths[-1], 1, kernel_size=7, padding=3)
+        for module in (*self.ups.modules(), *self.resblocks.modules(), self.conv_post):
+            if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+                nn.init.normal_(module.weight, std=0.01)
+
+    def forward(self, mel: Tensor) -> Tensor:
+        """(b, f, n) natural-log mel -> (b, 1, s) waveform in [-1, 1].
+
+        s is the raw length: 160 n + 32 for the 16 kHz model, `hop_length` * n with `high_resolution`.
+        """
+        x = self.conv_pre(mel)  # (b, c, n)
+        blocks_per_stage = len(self.resblocks) // len(self.ups)
+        for i, up in enumerate(self.ups):
+            x = up(F.leaky_relu(x, LEAK))  # (b, c / 2, n * rate), a little longer without high_resolution
+            blocks = self.resblocks[i * blocks_per_stage : (i + 1) * blocks_per_stage]
+            x = sum(block(x) for block in blocks) / blocks_per_stage
+        return self.conv_post(F.leaky_relu(x, FINAL_LEAK)).tanh()  # (b, 1, s)
+
+    def add_weight_norm(self) -> None:
+        """Split every convolution's weight into norm and direction, for training; outputs stay the same."""
+        for convolution in self._convolutions():
+            if not parametrize.is_parametrized(convolution, "weight"):
+                weight_norm(convolution)
+
+    def remove_weight_norm(self) -> None:
+        """Fold norm and direction back into plain weights, for inference and for weights files."""
+        for convolution in self._convolutions():
+            if parametrize.is_parametrized(convolution, "weight"):
+                parametrize.remove_parametrizations(convolution, "weight", leave_parametrized=True)
+
+    def _convolutions(self) -> list[nn.Module]:
+        return [module for module in self.modules() if isinstance(module, nn.Conv1d | nn.ConvTranspose1d)]
+
+
+class ResBlock(nn.Module):
+    """A pair of convolutions for each dilation, the first dilated, the second plain, added to their input."""
+
+    def __init__(self, *, channels: int, kernel: int, dilations: Sequence[int]):
+        super().__init__()
+        self.convs1 = nn.ModuleList(
+            nn.Conv1d(channels, channels, kernel, dilation=dilation, padding=(kernel - 1) * dilation // 2)
+            for dilation in dilations
+        )
+        self.convs2 = nn.ModuleList(
+            nn.Conv1d(channels, channels, kernel, padding=(kernel - 1) // 2) for _ in dilations
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, c, s) -> (b, c, s)."""
+        for dilated, plain in zip(self.convs1, self.convs2, strict=True):
+            x = x + plain(F.leaky_relu(dilated(F.leaky_relu(x, LEAK)), LEAK))
+        return x
+
+
+def upsample_padding(*, rate: int, kernel: int, high_resolution: bool) -> tuple[int, int]:
+    """(padding, output padding) of one transposed convolution.
+
+    The 16 kHz model trims (kernel - rate) // 2 at both ends, which leaves one extra sample where
+    kernel - rate is odd. The high-resolution rule expects kernel = 2 rate and then multiplies the length
+    by `rate` exactly.
+    """
+    if high_resolution:
+        return rate // 2 + rate % 2, rate % 2
+    return (kernel - rate) // 2, 0
