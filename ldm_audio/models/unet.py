@@ -1,9 +1,9 @@
-"""The latent UNet of AudioLDM (arXiv 2301.12503, section 3.2) and MusicLDM (arXiv 2308.01546).
+"""The latent UNet of AudioLDM (arXiv 2301.12503) and MusicLDM (arXiv 2308.01546).
 
-Predicts noise (or velocity, or the clean latent) from a noisy latent `zt`, a time step, and up to two kinds of
-condition: one vector `embed` for the whole clip (CLAP; "FiLM" in the original's words, though it is only
-concatenated or added to the time embedding), and a sequence `context` for cross-attention. Without a context
-width, both attentions of a layer are self-attention, as in every released AudioLDM and MusicLDM.
+Predicts noise (or velocity, or the clean latent) from a noisy latent `zt`, a time step, and up to two kinds
+of condition: one vector `embed` for the whole clip (CLAP; "FiLM" in the original's words, though it is only
+concatenated with or added to the time embedding), and a sequence `context` for cross-attention. Without a
+context width, both attentions of a layer are self-attention, as in the released AudioLDM and MusicLDM.
 
 Matches `openaimodel.UNetModel` of the AudioLDM repositories and diffusers' `UNet2DConditionModel`; like the
 latter and unlike the former it takes latents of any length. Axis letters: b batch, c channels, d width,
@@ -18,11 +18,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm_audio.layers import GEGLU, Attention, ResBlock, TimeEmbedding, zero_init
+from ldm_audio.layers import GEGLU, Attention, Level, ResBlock, TimeEmbedding, zero_init
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention, attention to the context (or to itself again), feed-forward; each behind a LayerNorm."""
+    """Self-attention, attention to the context (or to itself again), feed-forward, each after a LayerNorm."""
 
     def __init__(self, *, dim: int, num_heads: int, context_dim: int | None, dropout: float):
         super().__init__()
@@ -64,7 +64,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, context: Tensor | None, context_mask: Tensor | None) -> Tensor:
-        """(b, c, t, f), context (b, l, d), mask (b, l) -> (b, c, t, f); no use of a context it has no width for."""
+        """(b, c, t, f), context (b, l, d), mask (b, l) -> (b, c, t, f); both unused without `context_dim`."""
         if self.context_dim is None:
             context = context_mask = None
         h = rearrange(self.proj_in(self.norm(x)), "b c t f -> b (t f) c")
@@ -82,22 +82,13 @@ class Block(nn.Module):
         self.transformers = nn.ModuleList(transformers)
 
     def forward(
-        self, x: Tensor, embed: Tensor, context: Tensor | None, context_mask: Tensor | None
+        self, x: Tensor, condition: Tensor, context: Tensor | None, context_mask: Tensor | None
     ) -> Tensor:
-        """(b, c, t, f), embed (b, d) -> (b, out_channels, t, f)."""
-        x = self.res(x, embed)
+        """(b, c, t, f), condition (b, d) -> (b, out_channels, t, f)."""
+        x = self.res(x, condition)
         for transformer in self.transformers:
             x = transformer(x, context, context_mask)
         return x
-
-
-class Level(nn.Module):
-    """The blocks of one resolution and the convolution that leaves it (None at the last level of a path)."""
-
-    def __init__(self, *, blocks: Iterable[Block], resample: nn.Conv2d | None):
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.resample = resample
 
 
 class UNet(nn.Module):
@@ -212,7 +203,7 @@ class UNet(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(channels, out_channels, 3, padding=1))
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Recompute the blocks' activations in the backward pass instead of keeping them (less memory, more time)."""
+        """Whether the backward pass recomputes the blocks' activations instead of keeping them."""
         self._checkpointing = enabled
 
     def forward(
@@ -230,9 +221,8 @@ class UNet(nn.Module):
         """
         condition = self._condition(timestep, embed)  # (b, d)
         if (context is None) != (self.context_dim is None):
-            raise ValueError(
-                f"context_dim is {self.context_dim}, but context is {'missing' if context is None else 'given'}"
-            )
+            given = "missing" if context is None else "given"
+            raise ValueError(f"context_dim is {self.context_dim}, but context is {given}")
 
         def run(block: Block, x: Tensor) -> Tensor:
             if self._checkpointing and torch.is_grad_enabled():
@@ -262,10 +252,11 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
     def _condition(self, timestep: Tensor, embed: Tensor | None) -> Tensor:
-        """The vector that every res block sees: time embedding, and the clip's embedding beside or upon it."""
+        """(b,), (b, embed_dim) -> (b, d), what every res block sees: the time step and, if any, the clip."""
         if (embed is None) != (self.embed_proj is None):
             width = None if self.embed_proj is None else self.embed_proj.in_features
-            raise ValueError(f"embed_dim is {width}, but embed is {'missing' if embed is None else 'given'}")
+            given = "missing" if embed is None else "given"
+            raise ValueError(f"embed_dim is {width}, but embed is {given}")
         time = self.time_embed(timestep)
         if embed is None:
             return time

@@ -1,4 +1,4 @@
-"""The convolutional VAE of AudioLDM (arXiv 2301.12503, section 3.3): log-mels to latents and back.
+"""The convolutional VAE of AudioLDM (arXiv 2301.12503): log-mels to latents and back.
 
 Matches the `AutoencoderKL` of the AudioLDM repositories and of diffusers, whose convolutions run on maps with
 frames before mel bins. Halving pads one zero on the right and at the bottom only, unlike the UNet's. The loss
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm_audio.layers import ResBlock
+from ldm_audio.layers import Level, ResBlock
 
 NORM_EPS = 1e-6
 
@@ -34,7 +34,7 @@ class Posterior(NamedTuple):
         return self.mean + self.std * noise
 
     def kl(self) -> Tensor:
-        """(b,) KL divergence from N(0, I) in nats per latent element (a mean, which AudioLDM weights by 1000)."""
+        """(b,) KL divergence from N(0, I), averaged over the latent's elements (not summed)."""
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).mean(dim=(1, 2, 3))
 
 
@@ -54,15 +54,6 @@ class MapAttention(nn.Module):
         h = rearrange(self.norm(x), "b c t f -> b 1 (t f) c")
         out = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))  # (b, 1, t·f, c)
         return x + rearrange(self.to_out(out), "b 1 (t f) c -> b c t f", f=x.shape[-1])
-
-
-class Level(nn.Module):
-    """The res blocks of one resolution and the convolution that leaves it (None at the last level of a path)."""
-
-    def __init__(self, *, blocks: Sequence[ResBlock], resample: nn.Conv2d | None):
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.resample = resample
 
 
 def _res_block(in_channels: int, out_channels: int, *, norm_groups: int, dropout: float) -> ResBlock:
@@ -85,7 +76,7 @@ def _middle(channels: int, *, norm_groups: int, dropout: float) -> nn.Sequential
 
 
 class Encoder(nn.Module):
-    """(b, in_channels, n, f) -> (b, 2 · latent_channels, t, f'): halves both axes at every level but the last."""
+    """A mel map to the moments of its latent; every level but the last halves both axes."""
 
     def __init__(
         self,
@@ -125,7 +116,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(b, latent_channels, t, f') -> (b, out_channels, n, f): the encoder's levels in reverse, one block more each."""
+    """A latent to its mel map: the encoder's levels in reverse, with one more res block each."""
 
     def __init__(
         self,
