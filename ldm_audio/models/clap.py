@@ -1,0 +1,63 @@
+"""CLAP: contrastive language-audio pretraining (arXiv 2211.06687), an audio and a text tower in one space.
+
+Must match the LAION release and transformers' `ClapModel`: each tower's vector goes through Linear, ReLU,
+Linear and is divided by its length. Departure: the transforms of LAION's `mlp_loss` are left out; every
+released file holds them, no released training used them.
+
+Axes: b batch, c channels, d width, f mel bins, l text tokens, n mel frames, s samples.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm_audio.audio.clap_mel import ClapMel
+from ldm_audio.models.htsat import HTSAT
+from ldm_audio.models.roberta import Roberta
+
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+
+
+def projection(in_dim: int, joint_dim: int) -> nn.Sequential:
+    """Head from a tower's width to the joint space."""
+    return nn.Sequential(nn.Linear(in_dim, joint_dim), nn.ReLU(), nn.Linear(joint_dim, joint_dim))
+
+
+class CLAP(nn.Module):
+    """Two towers and the two learned scales of the contrastive loss, kept as logarithms."""
+
+    def __init__(self, *, front_end: ClapMel, audio_tower: HTSAT, text_tower: Roberta, joint_dim: int):
+        super().__init__()
+        self.front_end = front_end
+        self.joint_dim = joint_dim
+        self.audio_tower = audio_tower
+        self.audio_projection = projection(audio_tower.out_dim, joint_dim)
+        self.text_tower = text_tower
+        self.text_projection = projection(text_tower.out_dim, joint_dim)
+        self.logit_scale_audio = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
+        self.logit_scale_text = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Trade time for memory: recompute each block of the towers in the backward pass."""
+        self.audio_tower.set_activation_checkpointing(enabled)
+        self.text_tower.set_activation_checkpointing(enabled)
+
+    def embed_audio(self, waveform: Tensor) -> Tensor:
+        """(b, s) waveform at `front_end.sample_rate` -> (b, joint_dim) of length 1."""
+        mel, is_longer = self.front_end(waveform)
+        return self.embed_mel(mel, is_longer)
+
+    def embed_mel(self, mel: Tensor, is_longer: Tensor) -> Tensor:
+        """(b, c, n, f) mel in dB and (b,) bool, as the front end gives them -> (b, joint_dim) of length 1."""
+        return F.normalize(self.audio_projection(self.audio_tower(mel, is_longer)).float(), dim=-1)
+
+    def embed_text(self, text_tokens: Tensor, text_mask: Tensor) -> Tensor:
+        """(b, l) int64 tokens, (b, l) bool True = real token -> (b, joint_dim) of length 1."""
+        _, pooled = self.text_tower(text_tokens, text_mask)
+        return F.normalize(self.text_projection(pooled).float(), dim=-1)
+
+    def forward(self, waveform: Tensor, text_tokens: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Waveforms and their texts -> (audio_embed (b, joint_dim), text_embed (b, joint_dim))."""
+        return self.embed_audio(waveform), self.embed_text(text_tokens, text_mask)
