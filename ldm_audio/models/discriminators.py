@@ -33,8 +33,8 @@ class WaveDiscriminator(nn.Module):
     Args:
         periods: lengths in samples by which the waveform is folded; [2, 3, 5, 7, 11] in the paper.
         period_channels: widths of each period discriminator; [32, 128, 512, 1024, 1024] in the paper.
-        scale_channels: the seven widths of each scale discriminator; [128, 128, 256, 512, 1024, 1024, 1024]
-            in the paper, empty for none.
+        scale_channels: widths of each scale discriminator; [128, 128, 256, 512, 1024, 1024, 1024] in the
+            paper, empty for none.
         num_scales: number of scale discriminators; 3 in the paper.
     """
 
@@ -89,16 +89,16 @@ class PeriodDiscriminator(nn.Module):
 class ScaleDiscriminator(nn.Module):
     """Strided, grouped convolutions on the waveform.
 
-    The groups of the paper's widths are 1, 4, 16, 16, 16, 16, 1; at other widths a layer uses the greatest
-    common divisor of that number and its two widths.
+    The paper has seven; with fewer widths the later of the middle ones are left out. The groups of the
+    paper's widths are 1, 4, 16, 16, 16, 16, 1; at other widths a layer uses the greatest common divisor of
+    that number and its two widths.
     """
 
     def __init__(self, *, channels: Sequence[int], spectral: bool):
         super().__init__()
-        if len(channels) != len(SCALE_LAYERS):
-            raise InputError(
-                f"scale_channels must name {len(SCALE_LAYERS)} widths (or none), got {list(channels)}"
-            )
+        if not 2 <= len(channels) <= len(SCALE_LAYERS):
+            raise InputError(f"scale_channels must be empty or 2 to 7 widths, got {list(channels)}")
+        layers = (*SCALE_LAYERS[: len(channels) - 1], SCALE_LAYERS[-1])
         norm = spectral_norm if spectral else weight_norm
         self.convs = nn.ModuleList(
             norm(
@@ -112,7 +112,7 @@ class ScaleDiscriminator(nn.Module):
                 )
             )
             for wide_in, wide_out, (kernel, stride, groups) in zip(
-                [1, *channels[:-1]], channels, SCALE_LAYERS, strict=True
+                [1, *channels[:-1]], channels, layers, strict=True
             )
         )
         self.conv_post = norm(nn.Conv1d(channels[-1], 1, kernel_size=3, padding=1))

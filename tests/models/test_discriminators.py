@@ -108,8 +108,14 @@ def test_without_scale_widths_there_is_no_scale_part():
 
 
 def test_a_wrong_number_of_scale_widths_is_refused():
-    with pytest.raises(InputError, match="7 widths"):
-        toy(scale_channels=[4, 4])
+    with pytest.raises(InputError, match="2 to 7 widths"):
+        toy(scale_channels=[4] * 8)
+
+
+def test_fewer_scale_layers_keep_the_first_and_the_last():
+    model = ScaleDiscriminator(channels=[4, 4, 8, 8, 8], spectral=True)
+    assert [conv.kernel_size[0] for conv in model.convs] == [15, 41, 41, 41, 5]
+    assert [conv.stride[0] for conv in model.convs] == [1, 2, 2, 4, 1]
 
 
 def test_patch_discriminator_has_the_published_size_and_names():

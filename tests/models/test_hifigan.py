@@ -85,7 +85,7 @@ def test_weight_norm_changes_no_output_and_can_be_added_twice():
         normed = model(mel)
         model.remove_weight_norm()
         folded = model(mel)
-    assert plain.abs().max() > 0.1
+    assert plain.std() > 0.05 and plain.abs().mean() < 0.9  # neither constant nor driven into the tanh
     torch.testing.assert_close(normed, plain, rtol=0, atol=1e-5)
     torch.testing.assert_close(folded, plain, rtol=0, atol=1e-5)
 
