@@ -199,6 +199,11 @@ class VAE(nn.Module):
             dropout=dropout,
         )
 
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The decoder's last weight, at which VQGAN's adaptive weight compares gradients."""
+        return self.decoder.conv_out.weight
+
     def encode(self, mel: Tensor) -> Posterior:
         """(b, f, n) log-mel -> posterior over (b, c, t, f') latents, t = n / downsample.
 

@@ -1,0 +1,212 @@
+import gzip
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm_audio.convert import audioldm
+from ldm_audio.convert.rules import apply_rules, invert_rules, prefixed, shapes_of
+from ldm_audio.errors import InputError
+from ldm_audio.models.unet import UNet
+from ldm_audio.models.vae import VAE
+
+torch.set_num_threads(1)
+
+KEYS = Path(__file__).parents[1] / "fixtures" / "keys"
+
+
+def read_keys(size: str) -> dict[str, torch.Tensor]:
+    """Every tensor of a released checkpoint, on the meta device."""
+    state = {}
+    with gzip.open(KEYS / f"audioldm-{size}-full.txt.gz", "rt") as lines:
+        for line in lines:
+            name, shape = line.split()
+            numbers = [int(number) for number in shape.strip("[]").split(",") if number]
+            state[name] = torch.empty(numbers, device="meta")
+    return state
+
+
+def below(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def unet_rules(arguments: dict) -> list:
+    names = ("num_res_blocks", "attention_levels", "transformers_per_block")
+    return audioldm.unet_rules(**{name: arguments[name] for name in names})
+
+
+def filled(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A state whose tensors all differ."""
+    return {name: torch.full(shape, float(i)) for i, (name, shape) in enumerate(shapes_of(module).items())}
+
+
+@pytest.mark.parametrize(
+    "size, channels, num_heads, parameters",
+    [
+        ("s", 128, [4, 8, 12, 20], 185_036_552),
+        ("m", 192, [6, 12, 18, 30], 415_954_568),
+        ("l", 256, [4, 8, 12, 20], 739_139_080),
+    ],
+)
+def test_released_unet_maps_onto_ours(size, channels, num_heads, parameters):
+    state = below(read_keys(size), audioldm.UNET_PREFIX)
+    arguments = audioldm.unet_arguments({name: tensor.shape for name, tensor in state.items()})
+    assert arguments == {
+        "in_channels": 8,
+        "out_channels": 8,
+        "channels": channels,
+        "channel_mults": [1, 2, 3, 5],
+        "num_res_blocks": 2,
+        "attention_levels": [False, True, True, True],
+        "num_heads": num_heads,
+        "transformer_depth": 1,
+        "transformers_per_block": 1,
+        "embed_dim": 512,
+        "embed_mode": "concat",
+        "context_dim": None,
+        "norm_groups": 32,
+        "dropout": 0.0,
+    }
+    with torch.device("meta"):
+        unet = UNet(**arguments)
+    converted = apply_rules(unet_rules(arguments), state, shapes_of(unet))
+    assert shapes_of(unet) == {name: tensor.shape for name, tensor in converted.items()}
+    assert sum(tensor.numel() for tensor in converted.values()) == parameters
+
+
+@pytest.mark.parametrize("size", ["s", "m", "l"])
+def test_released_vae_maps_onto_ours(size):
+    state = below(read_keys(size), audioldm.VAE_PREFIX)
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("vocoder.")}
+    arguments = audioldm.vae_arguments({name: tensor.shape for name, tensor in state.items()})
+    assert arguments == {
+        "in_channels": 1,
+        "channels": 128,
+        "channel_mults": [1, 2, 4],
+        "num_res_blocks": 2,
+        "latent_channels": 8,
+        "norm_groups": 32,
+        "dropout": 0.0,
+    }
+    with torch.device("meta"):
+        vae = VAE(**arguments)
+    converted = apply_rules(audioldm.vae_rules(num_levels=3), state, shapes_of(vae))
+    assert shapes_of(vae) == {name: tensor.shape for name, tensor in converted.items()}
+    assert sum(tensor.numel() for tensor in converted.values()) == 55_376_873
+
+
+def test_prefixed_tables_leave_only_the_other_networks_of_a_whole_checkpoint():
+    state = read_keys("s")
+    arguments = audioldm.unet_arguments(
+        {name: tensor.shape for name, tensor in below(state, audioldm.UNET_PREFIX).items()}
+    )
+    rules = [
+        *audioldm.SCHEDULE_BUFFERS,
+        *prefixed(unet_rules(arguments), source=audioldm.UNET_PREFIX, target="unet."),
+        *prefixed(audioldm.vae_rules(num_levels=3), source=audioldm.VAE_PREFIX, target="vae."),
+    ]
+    others = ("cond_stage_model.", "first_stage_model.vocoder.", "model_ema.", "scale_factor")
+    rest = {name: tensor for name, tensor in state.items() if not name.startswith(others)}
+    assert len(apply_rules(rules, rest, None)) == 690 + 204
+
+
+@pytest.mark.parametrize("size", ["s", "m", "l"])
+def test_every_unet_tensor_has_its_average_under_the_generated_key(size):
+    state = read_keys(size)
+    unet = below(state, audioldm.UNET_PREFIX)
+    keys = {name: audioldm.ema_key(name) for name in unet}
+    assert len(set(keys.values())) == len(unet) == 690
+    assert all(state[key].shape == unet[name].shape for name, key in keys.items())
+    averages = {name for name in state if name.startswith("model_ema.")}
+    assert averages - set(keys.values()) == {"model_ema.decay", "model_ema.num_updates"}
+
+
+TOY = {
+    "in_channels": 4,
+    "out_channels": 6,
+    "channels": 32,
+    "channel_mults": [1, 2, 3],
+    "num_res_blocks": 2,
+    "attention_levels": [False, True, True],
+    "num_heads": [1, 2, 3],
+    "transformer_depth": 1,
+    "transformers_per_block": 1,
+    "embed_dim": 6,
+    "embed_mode": "concat",
+    "context_dim": None,
+    "norm_groups": 32,
+    "dropout": 0.0,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"transformers_per_block": 2, "transformer_depth": 2},
+        {"embed_mode": "add", "num_res_blocks": 1},
+        {"embed_dim": None, "embed_mode": "add", "context_dim": 64, "transformers_per_block": 2},
+        {"attention_levels": [True, False, False]},
+        {"channel_mults": [2], "attention_levels": [True], "num_heads": [2]},
+    ],
+    ids=["plain", "48 kHz", "addition", "context", "attention above", "one level"],
+)
+def test_export_to_the_original_unet_comes_back_equal(changes):
+    arguments = TOY | changes
+    unet = UNet(**arguments)
+    state = filled(unet)
+    rules = unet_rules(arguments)
+    original = invert_rules(rules, state)
+    assert audioldm.unet_arguments({name: tensor.shape for name, tensor in original.items()}) == arguments
+    back = apply_rules(rules, original, shapes_of(unet))
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_second_transformer_and_upsampler_take_the_originals_places():
+    arguments = TOY | {"transformers_per_block": 2}
+    original = invert_rules(unet_rules(arguments), filled(UNet(**arguments)))
+    assert "input_blocks.4.2.norm.weight" in original
+    assert "middle_block.3.in_layers.0.weight" in original
+    assert "output_blocks.2.3.conv.weight" in original
+    assert "output_blocks.5.3.conv.weight" in original
+
+
+@pytest.mark.parametrize("mults", [[1, 2, 4], [1, 2, 2, 4], [1]])
+def test_export_to_the_original_vae_comes_back_equal(mults):
+    arguments = {"in_channels": 1, "channels": 32, "channel_mults": mults, "num_res_blocks": 2}
+    arguments |= {"latent_channels": 3, "norm_groups": 32, "dropout": 0.0}
+    vae = VAE(**arguments)
+    state = filled(vae)
+    rules = audioldm.vae_rules(num_levels=len(mults))
+    original = invert_rules(rules, state)
+    assert original["encoder.mid.attn_1.q.weight"].shape == (32 * mults[-1], 32 * mults[-1], 1, 1)
+    assert audioldm.vae_arguments({name: tensor.shape for name, tensor in original.items()}) == arguments
+    original["loss.discriminator.main.0.weight"] = torch.zeros(1)
+    back = apply_rules(rules, original, shapes_of(vae))
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_decoder_levels_of_the_original_count_from_the_output():
+    arguments = {"in_channels": 1, "channels": 32, "channel_mults": [1, 2, 4], "num_res_blocks": 2}
+    vae = VAE(**arguments, latent_channels=3, norm_groups=32, dropout=0.0)
+    state = filled(vae)
+    original = invert_rules(audioldm.vae_rules(num_levels=3), state)
+    assert torch.equal(original["decoder.up.2.upsample.conv.bias"], state["decoder.up.0.resample.bias"])
+    assert torch.equal(original["decoder.up.0.block.1.conv1.bias"], state["decoder.up.2.blocks.1.conv1.bias"])
+    assert "decoder.up.0.upsample.conv.bias" not in original
+
+
+def test_files_of_another_layout_are_refused_by_the_tensor_they_lack():
+    with pytest.raises(InputError, match=r"no tensor input_blocks\.0\.0\.weight"):
+        audioldm.unet_arguments({"conv_in.weight": (8, 4, 3, 3)})
+    with pytest.raises(InputError, match=r"no tensor encoder\.conv_in\.weight"):
+        audioldm.vae_arguments({})
+
+
+def test_head_width_of_an_own_model_can_be_given():
+    unet = UNet(**TOY | {"num_heads": [2, 4, 6]})
+    original = invert_rules(unet_rules(TOY), filled(unet))
+    shapes = {name: tensor.shape for name, tensor in original.items()}
+    assert audioldm.unet_arguments(shapes, head_channels=16)["num_heads"] == [2, 4, 6]
