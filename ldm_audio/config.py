@@ -1,0 +1,149 @@
+"""The Hydra glue: a run's folder, its config on disk, and the parts that a config names, built and joined."""
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ldm_audio import pretrained
+from ldm_audio.data.loader import StepBatches, make_loader, sequential_batches
+from ldm_audio.errors import InputError
+from ldm_audio.objectives.base import Objective
+
+FREE_ON_RESUME = (
+    "trainer.max_steps", "trainer.bar_position", "trainer.log_every", "trainer.device", "logger", "num_workers"
+)  # fmt: skip
+"""Keys that may differ when a run is continued: they do not change what it learns."""
+
+NEVER_STOPS = 2**40
+
+
+def one_line_errors(main: Callable) -> Callable:
+    """Prints an InputError as one line on stderr and exits with 2; other errors keep their traceback."""
+
+    @functools.wraps(main)
+    def wrapped(*args):
+        try:
+            return main(*args)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    return wrapped
+
+
+def plain(node: DictConfig) -> dict:
+    """A config node as plain, resolved Python values."""
+    return OmegaConf.to_container(node, resolve=True)
+
+
+def open_run(cfg: DictConfig) -> Path:
+    """Makes the run's folder and writes its config, or checks that a run to continue has the same one."""
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise InputError(f"{missing[0]} is not set: give {missing[0]}=VALUE (keys without a value: {', '.join(missing)})")
+    folder = Path(cfg.folder)
+    path = folder / "config.yaml"
+    config = OmegaConf.create(plain(cfg))
+    if path.exists():
+        differing = differences(plain(OmegaConf.load(path)), plain(config))
+        differing = [d for d in differing if not d.startswith(FREE_ON_RESUME)]
+        if differing:
+            raise InputError(f"{folder} holds a run with another config ({'; '.join(differing)}): choose run=NAME")
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".config.{os.getpid()}.tmp"
+    OmegaConf.save(config, temporary)
+    os.replace(temporary, path)
+    torch.manual_seed(cfg.seed)
+    return folder
+
+
+def differences(old: object, new: object, key: str = "") -> list[str]:
+    """`key: old -> new` of every leaf in which two plain configs differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = sorted(old.keys() | new.keys())
+        inner = (differences(old.get(n), new.get(n), f"{key}.{n}" if key else n) for n in names)
+        return [line for lines in inner for line in lines]
+    return [] if old == new else [f"{key}: {old} -> {new}"]
+
+
+def build_objective(cfg: DictConfig, captions: list[str]) -> Objective:
+    """The objective with its parts; a tokenizer to be trained is trained on `captions`.
+
+    Each new part remembers its `recipe`, so that its weights file can rebuild it.
+    """
+    parts = {}
+    if "tokenizer" in cfg:
+        tokenizer = instantiate(cfg.tokenizer)
+        parts["tokenizer"] = tokenizer(captions) if isinstance(tokenizer, functools.partial) else tokenizer
+    objective = instantiate(cfg.objective, **parts, _convert_="all")
+    for name, part in objective.named_children():
+        if not hasattr(part, "recipe"):
+            part.recipe = plain(cfg.objective[name])
+    check_front_ends(objective, cfg)
+    return objective
+
+
+def check_front_ends(objective: Objective, cfg: DictConfig) -> None:
+    """InputError where a frozen part was trained on mels of another front end."""
+    for name in set(objective.frozen) & {"vae", "vocoder"}:
+        trained = (getattr(getattr(objective, name), "provenance", None) or {}).get("audio")
+        differing = differences(trained, plain(cfg.audio)) if trained else []
+        if differing:
+            raise InputError(f"{name} was trained on another audio front end ({'; '.join(differing)})")
+
+
+def weights_writer(cfg: DictConfig) -> Callable[[Objective, Path], None]:
+    """Writes an objective's weights with the provenance of this run."""
+    provenance = {
+        "run": cfg.run,
+        "audio": plain(cfg.audio),
+        "seed": cfg.seed,
+        "commit": git_commit(),
+        "versions": {name: version(name) for name in ("ldm_audio", "torch")},
+    }
+    system = {"mel": without_target(cfg.audio), "schedule": without_target(cfg.schedule)} if "schedule" in cfg else None
+    return functools.partial(pretrained.save_weights, system=system, provenance=provenance)
+
+
+def without_target(node: DictConfig) -> dict:
+    return {key: value for key, value in plain(node).items() if key != "_target_"}
+
+
+def git_commit() -> str:
+    """The checkout's commit, or "unknown"."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def train_loader(cfg: DictConfig, data) -> Callable[[int], Iterable[dict]]:
+    """`loader(step)`: the training batches from that step on, without end."""
+
+    def from_step(step: int) -> Iterable[dict]:
+        batches = StepBatches(
+            len(data), batch_size=cfg.batch_size, seed=cfg.seed, start_step=step, num_steps=NEVER_STOPS,
+            rank=0, world_size=1,
+        )  # fmt: skip
+        return make_loader(data, batches, num_workers=cfg.num_workers)
+
+    return from_step
+
+
+def val_loader(cfg: DictConfig, data) -> Iterable[dict]:
+    """The same validation batches every time."""
+    return make_loader(data, sequential_batches(len(data), cfg.batch_size, cfg.val_items), num_workers=0)
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,116 @@
+"""The mel autoencoder: L1 + perceptual + KL, and a hinge patch GAN with an adaptive weight.
+
+AudioLDM (2301.12503, section 3.3) trains latent diffusion's autoencoder loss on log-mels. As in the original:
+reconstruction terms are summed over an item's mel, KL is a mean over its latent, the discriminator moves first
+and the autoencoder answers the updated one. Departures: the discriminator starts after `adversarial_start`
+batches (the original counts two steps a batch), and LPIPS is never in train mode.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm_audio.audio.mel import LogMel
+from ldm_audio.objectives.base import Logs, Objective, Preview, Turn
+from ldm_audio.randomness import RowRandom
+
+
+class VAEObjective(Objective):
+    """Trains `vae`, with `discriminator` as its opponent from step `adversarial_start` on.
+
+    `perceptual(mel, target) -> (b,)` is LPIPS where its weights are at hand, else a multi-resolution mel term.
+    """
+
+    def __init__(
+        self,
+        *,
+        mel: LogMel,
+        vae: nn.Module,
+        discriminator: nn.Module,
+        perceptual: nn.Module,
+        seed: int,
+        kl_weight: float,
+        perceptual_weight: float,
+        adversarial_weight: float,
+        adversarial_start: int,
+    ):
+        super().__init__()
+        self.mel = mel
+        self.vae = vae
+        self.discriminator = discriminator
+        self.perceptual = perceptual.requires_grad_(False)
+        self.frozen = ("perceptual",)
+        self.seed = seed
+        self.kl_weight = kl_weight
+        self.perceptual_weight = perceptual_weight
+        self.adversarial_weight = adversarial_weight
+        self.adversarial_start = adversarial_start
+
+    def players(self) -> dict[str, list[nn.Parameter]]:
+        return {"vae": list(self.vae.parameters()), "discriminator": list(self.discriminator.parameters())}
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"vae": self.vae}
+
+    def losses(self, batch: dict, step: int) -> Iterator[Turn]:
+        mel = self.mel(batch["waveform"])  # (b, f, n)
+        posterior = self.vae.encode(mel)
+        rows = RowRandom([(self.seed, step, int(item)) for item in batch["item"]])
+        noise = rows.randn(*posterior.mean.shape[1:]).to(mel)
+        reconstruction = self.vae.decode(posterior.sample(noise))  # (b, f, n)
+        adversarial = step >= self.adversarial_start
+
+        if adversarial:
+            self.discriminator.requires_grad_(True)
+            real = self.discriminator(mel.unsqueeze(1))
+            fake = self.discriminator(reconstruction.detach().unsqueeze(1))
+            loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+            yield "discriminator", loss, {"discriminator": loss}
+
+        l1, perceptual, kl = self.reconstruction_terms(mel, reconstruction, posterior)
+        elements = mel[0].numel()
+        nll = (l1 + self.perceptual_weight * perceptual) * elements
+        loss = nll + self.kl_weight * kl
+        logs = {"l1": l1, "perceptual": perceptual, "kl": kl}
+        if adversarial:
+            self.discriminator.requires_grad_(False)
+            fooled = -self.discriminator(reconstruction.unsqueeze(1)).mean()
+            weight = self.adaptive_weight(nll, fooled)
+            loss = loss + weight * fooled
+            logs |= {"adversarial": fooled, "adversarial_weight": weight}
+        yield "vae", loss, logs
+
+    def reconstruction_terms(self, mel: Tensor, reconstruction: Tensor, posterior) -> tuple[Tensor, Tensor, Tensor]:
+        """Batch means of L1 (nepers a mel element), the perceptual distance, and KL (nats a latent element)."""
+        l1 = (mel - reconstruction).abs().mean()
+        return l1, self.perceptual(reconstruction, mel).mean(), posterior.kl().mean()
+
+    def adaptive_weight(self, nll: Tensor, fooled: Tensor) -> Tensor:
+        """VQGAN (2012.09841, equation 7): gradients of both terms at the last layer are made equally large."""
+        last = self.vae.last_layer
+        nll_grad = torch.autograd.grad(nll, last, retain_graph=True)[0]
+        fooled_grad = torch.autograd.grad(fooled, last, retain_graph=True)[0]
+        weight = nll_grad.norm() / (fooled_grad.norm() + 1e-4)
+        return self.adversarial_weight * weight.clamp(0.0, 1e4).detach()
+
+    def validate(self, batch: dict) -> Logs:
+        """L1 of the mean's reconstruction, in the same units as predicting each bin's mean over the batch."""
+        mel = self.mel(batch["waveform"])
+        posterior = self.vae.encode(mel)
+        l1, perceptual, kl = self.reconstruction_terms(mel, self.vae.decode(posterior.mean), posterior)
+        bin_mean = mel.mean(dim=(0, 2), keepdim=True)
+        return {
+            "loss": l1 + self.perceptual_weight * perceptual,
+            "l1": l1,
+            "perceptual": perceptual,
+            "kl": kl,
+            "l1_of_bin_mean": (mel - bin_mean).abs().mean(),
+        }
+
+    def preview(self, batch: dict) -> dict[str, Preview]:
+        mel = self.mel(batch["waveform"][:4])
+        reconstruction = self.vae.decode(self.vae.encode(mel).mean)
+        real = {f"{i}_real": Preview(mel[i]) for i in range(len(mel))}
+        return real | {f"{i}_reconstruction": Preview(reconstruction[i]) for i in range(len(mel))}

@@ -1,0 +1,22 @@
+"""Trains one stage: `python train.py experiment=NAME key=value ...`; the same command again continues it."""
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from ldm_audio import config
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+@config.one_line_errors
+def main(cfg: DictConfig) -> float:
+    """Composes, builds, fits; returns the best value of the monitored metric."""
+    config.open_run(cfg)
+    train_data, val_data = instantiate(cfg.data.train), instantiate(cfg.data.val)
+    objective = config.build_objective(cfg, train_data.captions())
+    trainer = instantiate(cfg.trainer, save_weights=config.weights_writer(cfg), _convert_="all")
+    return trainer.fit(objective, config.train_loader(cfg, train_data), config.val_loader(cfg, val_data))
+
+
+if __name__ == "__main__":
+    main()
