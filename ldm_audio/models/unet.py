@@ -11,6 +11,7 @@ t latent frames, f latent mel bins, l context tokens.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -74,11 +75,12 @@ class SpatialTransformer(nn.Module):
 
 
 class Block(nn.Module):
-    """A res block and the transformers behind it (none on levels without attention)."""
+    """A res block, which starts as identity, and the transformers behind it (on levels with attention)."""
 
     def __init__(self, *, res: ResBlock, transformers: Iterable[SpatialTransformer]):
         super().__init__()
         self.res = res
+        zero_init(res.conv2)
         self.transformers = nn.ModuleList(transformers)
 
     def forward(
@@ -135,36 +137,26 @@ class UNet(nn.Module):
         self.embed_proj = None if embed_dim is None else nn.Linear(embed_dim, time_dim)
         condition_dim = 2 * time_dim if embed_dim is not None and embed_mode == "concat" else time_dim
 
-        def res_block(in_width: int, out_width: int) -> ResBlock:
-            block = ResBlock(
-                in_channels=in_width,
-                out_channels=out_width,
-                embed_dim=condition_dim,
-                norm_groups=norm_groups,
-                norm_eps=1e-5,
-                dropout=dropout,
+        res_block = partial(
+            ResBlock, embed_dim=condition_dim, norm_groups=norm_groups, norm_eps=1e-5, dropout=dropout
+        )
+        transformer = partial(
+            SpatialTransformer, depth=transformer_depth, norm_groups=norm_groups, dropout=dropout
+        )
+        context_dims = [context_dim] * transformers_per_block
+        if transformers_per_block > 1:
+            context_dims[0] = None
+
+        def block(in_width: int, out_width: int, heads: int | None) -> Block:
+            """Without transformers where `heads` is None."""
+            dims = [] if heads is None else context_dims
+            return Block(
+                res=res_block(in_channels=in_width, out_channels=out_width),
+                transformers=[transformer(channels=out_width, num_heads=heads, context_dim=d) for d in dims],
             )
-            zero_init(block.conv2)
-            return block
-
-        def transformers(width: int, heads: int) -> list[SpatialTransformer]:
-            return [
-                SpatialTransformer(
-                    channels=width,
-                    num_heads=heads,
-                    depth=transformer_depth,
-                    context_dim=None if place == 0 and transformers_per_block > 1 else context_dim,
-                    norm_groups=norm_groups,
-                    dropout=dropout,
-                )
-                for place in range(transformers_per_block)
-            ]
-
-        def block(in_width: int, level: int) -> Block:
-            attention = transformers(widths[level], num_heads[level]) if attention_levels[level] else []
-            return Block(res=res_block(in_width, widths[level]), transformers=attention)
 
         widths = [channels * mult for mult in channel_mults]
+        heads = [number if attends else None for number, attends in zip(num_heads, attention_levels)]
         last = len(widths) - 1
         width = channels
         skip_widths = [channels]
@@ -174,7 +166,7 @@ class UNet(nn.Module):
         for level in range(last + 1):
             blocks = []
             for _ in range(num_res_blocks):
-                blocks.append(block(width, level))
+                blocks.append(block(width, widths[level], heads[level]))
                 width = widths[level]
                 skip_widths.append(width)
             resample = None
@@ -183,24 +175,19 @@ class UNet(nn.Module):
                 skip_widths.append(width)
             self.down.append(Level(blocks=blocks, resample=resample))
 
-        self.mid = nn.ModuleList(
-            [
-                Block(res=res_block(width, width), transformers=transformers(width, num_heads[last])),
-                Block(res=res_block(width, width), transformers=[]),
-            ]
-        )
+        self.mid = nn.ModuleList([block(width, width, num_heads[last]), block(width, width, None)])
 
         self.up = nn.ModuleList()  # deepest level first, as it runs
         for level in range(last, -1, -1):
             blocks = []
             for _ in range(num_res_blocks + 1):
-                blocks.append(block(width + skip_widths.pop(), level))
+                blocks.append(block(width + skip_widths.pop(), widths[level], heads[level]))
                 width = widths[level]
             resample = nn.Conv2d(width, width, 3, padding=1) if level > 0 else None
             self.up.append(Level(blocks=blocks, resample=resample))
 
-        self.norm_out = nn.GroupNorm(norm_groups, channels, eps=1e-5)
-        self.conv_out = zero_init(nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.norm_out = nn.GroupNorm(norm_groups, width, eps=1e-5)
+        self.conv_out = zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Whether the backward pass recomputes the blocks' activations instead of keeping them."""

@@ -1,4 +1,5 @@
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -42,6 +43,12 @@ def randomise(module: nn.Module, seed: int) -> None:
         for parameter in module.parameters():
             fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
+
+
+def norm_eps(module: nn.Module) -> Counter:
+    """How many group and layer norms have which epsilon, by width."""
+    norms = [part for part in module.modules() if isinstance(part, nn.GroupNorm | nn.LayerNorm)]
+    return Counter((type(norm), len(norm.weight), norm.eps) for norm in norms)
 
 
 def toy(**changes) -> UNet:
@@ -122,6 +129,7 @@ def test_unet_equals_diffusers(changes, size):
             zt, timestep, context, class_labels=embed, encoder_attention_mask=mask, return_dict=False
         )[0]
         ours = unet(zt, timestep, embed, context, mask)
+    assert norm_eps(unet) == norm_eps(reference)  # too small a difference to show in the outputs
     assert theirs.abs().max() > 0.1
     assert (ours - theirs).abs().max() <= 1e-5
 
@@ -170,6 +178,11 @@ def test_first_of_several_transformers_sees_no_context():
     zt, timestep, embed = noise(1, 4, 8, 4), torch.tensor([5]), noise(1, 6)
     change = unet(zt, timestep, embed, noise(1, 5, 10)) - unet(zt, timestep, embed, noise(1, 5, 10, seed=9))
     assert change.abs().max() > 1e-3
+
+
+def test_first_level_may_be_wider_than_the_base():
+    unet = toy(channel_mults=[2, 2, 3])
+    assert unet(noise(1, 4, 7, 5), torch.tensor([5]), noise(1, 6)).shape == (1, 4, 7, 5)
 
 
 def test_rows_are_independent():

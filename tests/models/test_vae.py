@@ -87,6 +87,8 @@ def test_vae_equals_diffusers(widths, channels):
         ours = vae.encode(mel)
         their_mel = rearrange(reference.decode(z).sample, "b c n f -> b (c f) n")
         our_mel = vae.decode(z)
+    assert all(norm.eps == 1e-6 for norm in vae.modules() if isinstance(norm, nn.GroupNorm))
+    assert all(norm.eps == 1e-6 for norm in reference.modules() if isinstance(norm, nn.GroupNorm))
     assert theirs.mean.abs().max() > 0.1 and their_mel.abs().max() > 0.1
     assert (ours.mean - theirs.mean).abs().max() <= 1e-5
     assert (ours.logvar - theirs.logvar).abs().max() <= 1e-5
