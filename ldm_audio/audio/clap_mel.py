@@ -38,8 +38,8 @@ class ClapMel:
     frames each from its front, middle and back; shorter ones four times the same) or one, of a crop.
     quantize: round the waveform to 16-bit integers first, towards zero, as the original's training does.
 
-    Runs on the waveform's device, is differentiable (unless it quantizes), and computes in float32, or in
-    float64 for a float64 waveform; autocast does not reach inside.
+    Runs on the waveform's device, is differentiable (unless it quantizes), and computes in float32, or (but
+    for the squeezing) in float64 for a float64 waveform; autocast does not reach inside.
     """
 
     def __init__(
@@ -148,7 +148,9 @@ class ClapMel:
         """(b, n', f) of more than `num_frames` frames -> (b, 4, n, f): whole, front, middle, back."""
         size = (self.num_frames, self.n_mels)
         # No antialiasing, as when the released models were trained: it would change the whole by many dB.
-        whole = F.interpolate(mel[:, None], size, mode="bilinear", align_corners=False, antialias=False)
+        # Always in float32, as in the originals: its rounded positions move the result by 0.001 dB.
+        squeezed = F.interpolate(mel[:, None].float(), size, mode="bilinear", align_corners=False)
+        whole = squeezed.to(mel.dtype)
         rows = []
         for row in mel:
             starts = self.chunk_starts(len(row), generator)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_audio.audio.clap_mel import ClapMel
+from ldm_audio.errors import InputError
 from ldm_audio.models.htsat import HTSAT
 from ldm_audio.models.roberta import Roberta
 
@@ -26,14 +27,17 @@ def projection(in_dim: int, joint_dim: int) -> nn.Sequential:
 
 
 class CLAP(nn.Module):
-    """Two towers and the two learned scales of the contrastive loss, kept as logarithms."""
+    """Two towers and the two learned scales of the contrastive loss, kept as logarithms.
 
-    def __init__(self, *, front_end: ClapMel, audio_tower: HTSAT, text_tower: Roberta, joint_dim: int):
+    A published AudioLDM folder holds the text half alone: its CLAP has `audio_tower` None and refuses audio.
+    """
+
+    def __init__(self, *, front_end: ClapMel, audio_tower: HTSAT | None, text_tower: Roberta, joint_dim: int):
         super().__init__()
         self.front_end = front_end
         self.joint_dim = joint_dim
         self.audio_tower = audio_tower
-        self.audio_projection = projection(audio_tower.out_dim, joint_dim)
+        self.audio_projection = None if audio_tower is None else projection(audio_tower.out_dim, joint_dim)
         self.text_tower = text_tower
         self.text_projection = projection(text_tower.out_dim, joint_dim)
         self.logit_scale_audio = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
@@ -41,16 +45,22 @@ class CLAP(nn.Module):
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Trade time for memory: recompute each block of the towers in the backward pass."""
-        self.audio_tower.set_activation_checkpointing(enabled)
+        if self.audio_tower is not None:
+            self.audio_tower.set_activation_checkpointing(enabled)
         self.text_tower.set_activation_checkpointing(enabled)
 
     def embed_audio(self, waveform: Tensor) -> Tensor:
-        """(b, s) waveform at `front_end.sample_rate` -> (b, joint_dim) of length 1."""
+        """(b, s) waveform at `front_end.sample_rate` -> (b, joint_dim) of length 1.
+
+        Raises InputError where there is no audio tower.
+        """
         mel, is_longer = self.front_end(waveform)
         return self.embed_mel(mel, is_longer)
 
     def embed_mel(self, mel: Tensor, is_longer: Tensor) -> Tensor:
         """(b, c, n, f) mel in dB and (b,) bool, as the front end gives them -> (b, joint_dim) of length 1."""
+        if self.audio_tower is None or self.audio_projection is None:
+            raise InputError("this CLAP has no audio tower: it embeds text only")
         return F.normalize(self.audio_projection(self.audio_tower(mel, is_longer)).float(), dim=-1)
 
     def embed_text(self, text_tokens: Tensor, text_mask: Tensor) -> Tensor:
