@@ -7,6 +7,7 @@ else changes), and a cut text is reported.
 Axes: b batch, l text tokens.
 """
 
+import copy
 import json
 import os
 import warnings
@@ -31,7 +32,8 @@ NUM_BYTES = 256
 class Tokenizer:
     """list of b texts -> (text_tokens (b, l) int64, text_mask (b, l) bool, True = real token).
 
-    backend: a `tokenizers.Tokenizer` that wraps each text in `<s>` and `</s>` and knows `<pad>` and `<unk>`.
+    backend: a `tokenizers.Tokenizer` that wraps each text in `<s>` and `</s>` and knows `<pad>` and `<unk>`;
+    it is taken over, its own truncation and padding are switched off.
     max_length: the most tokens of a text, the two specials included. Raises InputError for a backend without
     the special tokens or without the wrapping.
     """
@@ -72,9 +74,9 @@ class Tokenizer:
             return encoding.ids
         if not self.warned:
             self.warned = True
-            start = encoding.offsets[self.max_length - 1][0]
+            kept = encoding.offsets[self.max_length - 2][1]  # where the last token but </s> ends
             warnings.warn(
-                f"text of {len(encoding.ids)} tokens cut to {self.max_length}, losing {text[start:]!r} "
+                f"text of {len(encoding.ids)} tokens cut to {self.max_length}, losing {text[kept:]!r} "
                 "(further cuts are not reported)",
                 stacklevel=3,
             )
@@ -84,11 +86,14 @@ class Tokenizer:
         """Write a `tokenizer.json`, `max_length` included, which `load_tokenizer` reads back."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        self.backend.enable_truncation(self.max_length)
-        partial.write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-        self.backend.no_truncation()
-        os.replace(partial, path)
+        backend = copy.deepcopy(self.backend)
+        backend.enable_truncation(self.max_length)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(backend.to_str(pretty=True), encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def train_bpe(captions: Iterable[str], *, vocab_size: int, max_length: int) -> Tokenizer:
@@ -124,7 +129,7 @@ def load_tokenizer(path: str | os.PathLike[str], *, max_length: int | None = Non
     """Read a tokenizer from a `tokenizer.json`, from a folder, or from beside any other file.
 
     A folder, or the folder of a file such as `clap.safetensors`, must hold `tokenizer.json`, or `vocab.json`
-    and `merges.txt`. The limit is `max_length` if given, else what the file states, else what
+    and `merges.txt`; a `.json` file (but `vocab.json` and a system's `system.json`) is read itself. The limit is `max_length` if given, else what the file states, else what
     `tokenizer_config.json` beside it states, else 512. Raises InputError, naming the file, where there is
     no tokenizer or one without RoBERTa's special tokens.
     """
@@ -142,7 +147,7 @@ def load_tokenizer(path: str | os.PathLike[str], *, max_length: int | None = Non
             raise InputError(f"{folder}: holds neither tokenizer.json nor vocab.json with merges.txt")
     backend = read_vocabulary(folder) if source.name == "vocab.json" else read_backend(source)
     try:
-        limit = max_length or stated_limit(backend, folder)
+        limit = stated_limit(backend, folder) if max_length is None else max_length
         return Tokenizer(backend, max_length=limit)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
@@ -160,8 +165,8 @@ def read_backend(path: Path) -> "Backend":
 
 def read_vocabulary(folder: Path) -> "Backend":
     """`vocab.json` and `merges.txt`, as RoBERTa was published."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
 
     try:
         model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
@@ -173,10 +178,9 @@ def read_vocabulary(folder: Path) -> "Backend":
         raise InputError(f"{folder / 'vocab.json'}: lacks the special tokens {' '.join(missing)}")
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(SPECIALS))
-    if backend.token_to_id(MASK) is not None:
-        # RoBERTa's mask swallows the space before it.
-        backend.add_special_tokens([AddedToken(MASK, lstrip=True, special=True)])
+    backend.add_special_tokens(
+        [token for token in (*SPECIALS, MASK) if backend.token_to_id(token) is not None]
+    )
     wrap(backend)
     return backend
 
