@@ -129,9 +129,10 @@ def load_tokenizer(path: str | os.PathLike[str], *, max_length: int | None = Non
     """Read a tokenizer from a `tokenizer.json`, from a folder, or from beside any other file.
 
     A folder, or the folder of a file such as `clap.safetensors`, must hold `tokenizer.json`, or `vocab.json`
-    and `merges.txt`; a `.json` file (but `vocab.json` and a system's `system.json`) is read itself. The limit is `max_length` if given, else what the file states, else what
-    `tokenizer_config.json` beside it states, else 512. Raises InputError, naming the file, where there is
-    no tokenizer or one without RoBERTa's special tokens.
+    and `merges.txt`; a `.json` file (but `vocab.json` and a system's `system.json`) is read itself. The limit
+    is `max_length` if given, else what the file states, else what `tokenizer_config.json` beside it states,
+    else 512. Raises InputError, naming the file, where there is no tokenizer or one without RoBERTa's special
+    tokens.
     """
     path = Path(path)
     if not path.exists():

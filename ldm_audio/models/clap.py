@@ -26,6 +26,11 @@ def projection(in_dim: int, joint_dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_dim, joint_dim), nn.ReLU(), nn.Linear(joint_dim, joint_dim))
 
 
+def unit(embed: Tensor) -> Tensor:
+    """(b, d) -> (b, d) of length 1, in float32 at least."""
+    return F.normalize(embed.to(torch.promote_types(embed.dtype, torch.float32)), dim=-1)
+
+
 class CLAP(nn.Module):
     """Two towers and the two learned scales of the contrastive loss, kept as logarithms.
 
@@ -61,12 +66,12 @@ class CLAP(nn.Module):
         """(b, c, n, f) mel in dB and (b,) bool, as the front end gives them -> (b, joint_dim) of length 1."""
         if self.audio_tower is None or self.audio_projection is None:
             raise InputError("this CLAP has no audio tower: it embeds text only")
-        return F.normalize(self.audio_projection(self.audio_tower(mel, is_longer)).float(), dim=-1)
+        return unit(self.audio_projection(self.audio_tower(mel, is_longer)))
 
     def embed_text(self, text_tokens: Tensor, text_mask: Tensor) -> Tensor:
         """(b, l) int64 tokens, (b, l) bool True = real token -> (b, joint_dim) of length 1."""
         _, pooled = self.text_tower(text_tokens, text_mask)
-        return F.normalize(self.text_projection(pooled).float(), dim=-1)
+        return unit(self.text_projection(pooled))
 
     def forward(self, waveform: Tensor, text_tokens: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Waveforms and their texts -> (audio_embed (b, joint_dim), text_embed (b, joint_dim))."""

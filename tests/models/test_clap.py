@@ -186,6 +186,15 @@ def test_training_reaches_every_parameter_but_the_scales(checkpointing):
     assert idle == {"logit_scale_audio", "logit_scale_text"}
 
 
+def test_embeddings_keep_float64_and_leave_bfloat16():
+    clap = toy(fusion="aff_2d").eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        embeds = clap(torch.randn(3, 50000), *texts())
+    assert [embed.dtype for embed in embeds] == [torch.float32] * 2
+    embeds = clap.double()(torch.randn(3, 50000).double(), *texts())
+    assert [embed.dtype for embed in embeds] == [torch.float64] * 2
+
+
 def test_the_text_half_stands_alone():
     clap = toy(fusion=None, with_audio=False).eval()
     clap.set_activation_checkpointing(True)

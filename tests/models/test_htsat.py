@@ -259,6 +259,16 @@ def test_drop_path_rises_linearly_over_all_blocks():
     assert rates == pytest.approx([0, 0.025, 0.05, 0.075, 0.1])
 
 
+def test_training_follows_inference_mode():
+    """The cached tables made under inference mode must not be inference tensors."""
+    relative_position_index.cache_clear()
+    shift_mask.cache_clear()
+    tower = toy()
+    with torch.inference_mode():
+        tower(mel_of(2, 1, 128, 32), no_long(2))
+    tower(mel_of(2, 1, 128, 32), no_long(2)).sum().backward()
+
+
 def test_activation_checkpointing_changes_no_gradient():
     tower = toy(fusion="aff_2d", dropout=0.1, drop_path=0.2, spec_augment=True).train()
     mel, is_longer = mel_of(2, 4, 120, 32), torch.tensor([True, True])
