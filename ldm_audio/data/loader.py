@@ -1,0 +1,165 @@
+"""Batches addressed by the training step, and the DataLoader that reads them.
+
+The data's position is the step number itself. Global item number k, counted over all ranks and all steps,
+belongs to epoch k // length and stands at place k % length of that epoch's permutation. So a run resumed at
+step n starts at n, two ranks see between them what one process with the doubled batch sees, and a batch may
+straddle epochs (data sets smaller than a batch work).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ldm_audio.errors import InputError
+
+
+class ItemKey(NamedTuple):
+    """Which clip (`index`), in which pass over the data, as which of all items that training ever sees."""
+
+    epoch: int
+    index: int
+    item: int
+
+
+class ClipData(Protocol):
+    """What a data set is; an item is a dict that holds at least `caption`."""
+
+    def __len__(self) -> int: ...
+    def captions(self) -> list[str]: ...
+    def __getitem__(self, key: ItemKey | int) -> dict: ...
+
+
+class StepBatches:
+    """The batches of steps `start_step` to `start_step + num_steps` for one rank, as lists of ItemKey.
+
+    batch_size: items a rank and step. seed: of the permutations, `default_rng([seed, epoch])`.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        *,
+        batch_size: int,
+        seed: int,
+        start_step: int,
+        num_steps: int,
+        rank: int,
+        world_size: int,
+    ):
+        if length < 1:
+            raise InputError("the data set is empty: expected at least 1 item")
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size}: expected at least 1")
+        if seed < 0:
+            raise InputError(f"seed={seed}: expected 0 or more")
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start_step = start_step
+        self.num_steps = num_steps
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __iter__(self) -> Iterator[list[ItemKey]]:
+        global_batch = self.batch_size * self.world_size
+        shuffled, order = -1, np.empty(0, dtype=np.int64)  # the epoch whose permutation `order` is
+        for step in range(self.start_step, self.start_step + self.num_steps):
+            first = step * global_batch + self.rank * self.batch_size
+            keys = []
+            for item in range(first, first + self.batch_size):
+                epoch, place = divmod(item, self.length)
+                if epoch != shuffled:
+                    shuffled, order = (
+                        epoch,
+                        np.random.default_rng([self.seed, epoch]).permutation(self.length),
+                    )
+                keys.append(ItemKey(epoch, int(order[place]), item))
+            yield keys
+
+
+def sequential_batches(length: int, batch_size: int, limit: int | None) -> list[list[ItemKey]]:
+    """The first `limit` items (all for None) in order, in epoch 0; the last batch may be smaller."""
+    count = length if limit is None else min(limit, length)
+    if count < 1:
+        raise InputError(f"no items to go through: {length} in the data set, limit {limit}")
+    keys = [ItemKey(0, index, index) for index in range(count)]
+    return [keys[start : start + batch_size] for start in range(0, count, batch_size)]
+
+
+def make_loader(
+    dataset: ClipData,
+    batches: Iterable[Sequence[ItemKey]],
+    *,
+    num_workers: int,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """A DataLoader over `batches`, each a dict as `collate` makes it.
+
+    Workers persist from one pass to the next and run one torch thread each. An InputError raised in a worker
+    arrives here as the same InputError. Iterating draws nothing from torch's global generator.
+    """
+    return Loader(
+        KeyedItems(dataset),
+        batch_sampler=batches,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+        collate_fn=collate,
+        # the workers' base seed would otherwise come from the generator that a resumed run restores
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+class KeyedItems(Dataset):
+    """Items of a data set together with their keys; an InputError takes the item's place."""
+
+    def __init__(self, dataset: ClipData):
+        self.dataset = dataset
+
+    def __getitem__(self, key: ItemKey) -> tuple[ItemKey, dict | InputError]:
+        try:
+            return key, self.dataset[key]
+        except InputError as error:
+            return key, error
+
+
+class Loader(DataLoader):
+    """Raises in the main process what `collate` passes on as a value.
+
+    A DataLoader re-raises a worker's exception with the worker's traceback as its message; a user's mistake
+    is to stay one line.
+    """
+
+    def __iter__(self) -> Iterator[dict]:
+        for batch in super().__iter__():
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+
+
+def collate(keyed_items: list[tuple[ItemKey, dict | InputError]]) -> dict | InputError:
+    """One dict of the batch: tensors stacked, anything else listed, and two int64 tensors (b,) added.
+
+    `item` holds the global item numbers, `index` the places in the data set. The first InputError among the
+    items is returned in place of a batch.
+    """
+    for _, item in keyed_items:
+        if isinstance(item, InputError):
+            return item
+    keys, items = zip(*keyed_items)
+    batch = {name: stack_or_list([item[name] for item in items]) for name in items[0]}
+    return batch | {
+        "item": torch.tensor([key.item for key in keys], dtype=torch.int64),
+        "index": torch.tensor([key.index for key in keys], dtype=torch.int64),
+    }
+
+
+def stack_or_list(values: list) -> Tensor | list:
+    return torch.stack(values) if isinstance(values[0], Tensor) else values
