@@ -114,14 +114,17 @@ def band_power(waveform: np.ndarray, sample_rate: int) -> np.ndarray:
 
 
 def _heard(waveform: np.ndarray, sample_rate: int) -> np.ndarray | None:
-    """(n, f) power of the waveform at a peak of 1; None where there is nothing to judge."""
+    """(n, f) power of the waveform, without its offset, at a peak of 1; None where nothing can be judged."""
     waveform = np.asarray(waveform, dtype=np.float32)
-    if sample_rate < MIN_SAMPLE_RATE or waveform.ndim != 1:
+    if sample_rate < MIN_SAMPLE_RATE or waveform.ndim != 1 or not len(waveform):
         raise InputError(
             f"waveform {waveform.shape} at {sample_rate} Hz: expected (s,) at {MIN_SAMPLE_RATE} Hz or more"
         )
-    peak = np.abs(waveform).max(initial=0)
-    return band_power(waveform / peak, sample_rate) if SILENCE < peak < np.inf else None
+    if not np.isfinite(waveform).all():
+        return None
+    waveform = waveform - waveform.mean()
+    peak = np.abs(waveform).max()
+    return band_power(waveform / peak, sample_rate) if peak > SILENCE else None
 
 
 def _registers(power: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import combinations as choose
 from itertools import permutations, product
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from ldm_audio.errors import InputError
 
 Attributes = dict[str, str]  # "kind" and, in the order of the table, that kind's attributes
 Split = Literal["train", "val", "held_out", "all"]
+T = TypeVar("T")
 
 ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
     "sound": {
@@ -119,7 +120,10 @@ TEXTURE_NOUNS = {"tone": ("a tone", "a note"), "noise": ("noise", "a hiss", "sta
 # Each an adjective before the noun, or (participle, finite verb) after it.
 ENVELOPE_ADJECTIVES = {"steady": ("steady", "constant", "continuous"), "fade": ("fading", "decaying")}
 ENVELOPE_VERBS = {
-    "steady": (("staying steady", "stays steady"), ("going on without a break", "goes on without a break")),
+    "steady": (
+        ("holding an even volume", "holds an even volume"),
+        ("going on without a break", "goes on without a break"),
+    ),
     "fade": (("fading away", "fades away"), ("dying out", "dies out")),
     "pulse2": (
         ("pulsing twice a second", "pulses twice a second"),
@@ -150,7 +154,7 @@ DRUM_CLAUSES = {
 }
 
 
-def _pick(rng: np.random.Generator | None, options: Sequence):
+def _pick(rng: np.random.Generator | None, options: Sequence[T]) -> T:
     """One of the options; the first without a generator."""
     return options[0] if rng is None else options[int(rng.integers(len(options)))]
 
@@ -263,8 +267,8 @@ def _render_sound(
 
 
 def _frequencies(attributes: Attributes, rng: np.random.Generator) -> tuple[float, float, float]:
-    """(frequency at the start, at the end, width of a noise) in Hz. Of 64 mel bands
-    up to 8 kHz a noise fills six to eleven, a tone two."""
+    """(frequency at the start, at the end, width of a noise) in Hz. Of 64 mel bands up to
+    8 kHz a noise fills six to ten, a tone two."""
     register, motion = attributes["register"], attributes["motion"]
     noise = attributes["texture"] == "noise"
     if register == "low":
@@ -377,7 +381,7 @@ class Synthetic:
             raise InputError(f"sample_rate={sample_rate}: synthetic clips need at least {MIN_SAMPLE_RATE} Hz")
         if min(size, num_samples) < 1 or seed < 0:
             raise InputError(
-                f"size={size} num_samples={num_samples} seed={seed}: expected 1, 1 and 0 or more"
+                f"size={size} num_samples={num_samples} seed={seed}: expected at least 1, 1 and 0"
             )
         rows = split_combinations(split)
         self.sample_rate = sample_rate
