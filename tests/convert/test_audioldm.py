@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm_audio.convert import audioldm
+from ldm_audio.convert import audioldm, diffusers
 from ldm_audio.convert.rules import apply_rules, invert_rules, prefixed, shapes_of
 from ldm_audio.errors import InputError
 from ldm_audio.models.unet import UNet
@@ -93,6 +93,41 @@ def test_released_vae_maps_onto_ours(size):
     converted = apply_rules(audioldm.vae_rules(num_levels=3), state, shapes_of(vae))
     assert shapes_of(vae) == {name: tensor.shape for name, tensor in converted.items()}
     assert sum(tensor.numel() for tensor in converted.values()) == 55_376_873
+
+
+def test_every_unet_tensor_goes_where_diffusers_own_converter_puts_it():
+    """Shapes cannot tell two equal layers apart: here each tensor is a number of its own."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    state = below(read_keys("s"), audioldm.UNET_PREFIX)
+    arguments = audioldm.unet_arguments({name: tensor.shape for name, tensor in state.items()})
+    tokens = {name: torch.tensor(number) for number, name in enumerate(state)}
+    ours = apply_rules(unet_rules(arguments), tokens, None)
+
+    checkpoint = {audioldm.UNET_PREFIX + name: token for name, token in tokens.items()}
+    theirs = convert_ldm_unet_checkpoint(checkpoint, {"layers_per_block": 2})
+    for kind in ("weight", "bias"):
+        theirs[f"class_embedding.{kind}"] = tokens[f"film_emb.{kind}"]  # AudioLDM's own, unknown to it
+    theirs = apply_rules(diffusers.unet_rules(), theirs, None)
+    assert len(ours) == 690
+    assert ours == theirs
+
+
+def test_every_vae_tensor_goes_where_diffusers_own_converter_puts_it():
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    names = [
+        name for name in read_keys("s") if name.startswith(audioldm.VAE_PREFIX) and ".vocoder." not in name
+    ]
+    tokens = {name: torch.full((1, 1, 1, 1), number) for number, name in enumerate(names)}
+    ours = apply_rules(audioldm.vae_rules(num_levels=3), below(tokens, audioldm.VAE_PREFIX), None)
+
+    blocks = {"down_block_types": [""] * 3, "up_block_types": [""] * 3}
+    theirs = apply_rules(diffusers.vae_rules(), convert_ldm_vae_checkpoint(tokens, blocks), None)
+    assert len(ours) == 204
+    assert {name: token.item() for name, token in ours.items()} == {
+        name: token.item() for name, token in theirs.items()
+    }
 
 
 def test_prefixed_tables_leave_only_the_other_networks_of_a_whole_checkpoint():
