@@ -140,7 +140,7 @@ class Loader(DataLoader):
     def __iter__(self) -> Iterator[dict]:
         for batch in super().__iter__():
             if isinstance(batch, InputError):
-                raise batch
+                raise InputError(str(batch))  # not `batch` itself: it and this frame would keep workers alive
             yield batch
 
 

@@ -116,7 +116,9 @@ def test_equal_rates_need_no_torchaudio_and_its_absence_is_explained(monkeypatch
     monkeypatch.setitem(sys.modules, "torchaudio.functional", None)
     waveform = torch.ones(8)
     assert resample_sinc(waveform, 16000, 16000) is waveform
-    with pytest.raises(InputError, match=r"16000 to 48000 Hz .* needs a torchaudio that imports beside torch"):
+    with pytest.raises(
+        InputError, match=r"16000 to 48000 Hz .* needs a torchaudio that imports beside torch"
+    ):
         resample_sinc(waveform, 16000, 48000)
 
 
