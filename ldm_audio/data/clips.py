@@ -1,0 +1,176 @@
+"""Captioned recordings as training items: a window of each, at one sample rate, mono, of one length.
+
+Prepares the waveform as AudioLDM's training code does (arXiv 2301.12503): a random segment, no more silent
+than it has to be; resampled; mean removed; scaled to a peak of one half; zeros on the right. Departures: all
+channels are mixed where the original keeps the first (`channel="first"` does), resampling is soxr's, and
+what is drawn depends on (seed, epoch, index) alone, so that an item is the same in any worker and any run.
+
+Axes: c channels, s samples.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ldm_audio.audio.io import read_audio, resample
+from ldm_audio.data.loader import ItemKey
+from ldm_audio.data.manifest import Clip, audiocaps_clips, folder_clips, hours
+from ldm_audio.errors import InputError
+
+Normalise = Literal["peak_half", "none"]
+CaptionChoice = Literal["random", "first"]
+Channel = Literal["mix", "first"]
+
+CROP_TRIES = 10
+SILENCE = 1e-4  # a crop whose peak is no higher is drawn again
+AUDIOCAPS_PATTERNS = ("{youtube_id}_{start_time}", "Y{youtube_id}")
+
+
+class Clips:
+    """Items of `num_samples` samples at `sample_rate` with a caption and the file's name.
+
+    normalise: `peak_half` removes the mean and scales to a peak of 0.5, `none` leaves the recording's level.
+    random_crop: where a longer recording is cut; False takes its beginning. caption: which of a clip's
+    captions. channel: `mix` averages them, `first` takes the left one.
+
+    Reading raises InputError for a file that has become unreadable or holds NaN, and names it.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        *,
+        sample_rate: int,
+        num_samples: int,
+        seed: int,
+        normalise: Normalise,
+        random_crop: bool,
+        caption: CaptionChoice,
+        channel: Channel,
+    ):
+        for name, value, choices in (
+            ("normalise", normalise, ("peak_half", "none")),
+            ("caption", caption, ("random", "first")),
+            ("channel", channel, ("mix", "first")),
+        ):
+            if value not in choices:
+                raise InputError(f"{name}={value!r}: expected {' or '.join(choices)}")
+        for name, value, least in (
+            ("sample_rate", sample_rate, 1),
+            ("num_samples", num_samples, 1),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise InputError(f"{name}={value}: expected {least} or more")
+        self.clips = list(clips)
+        self.sample_rate = sample_rate
+        self.num_samples = num_samples
+        self.seed = seed
+        self.normalise = normalise
+        self.random_crop = random_crop
+        self.caption = caption
+        self.channel = channel
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def captions(self) -> list[str]:
+        """Every caption of every clip."""
+        return [caption for clip in self.clips for caption in clip.captions]
+
+    def describe(self) -> str:
+        """The size in one line."""
+        return f"{len(self.clips)} clips, {len(self.captions())} captions, {hours(self.clips):.2f} hours"
+
+    def __getitem__(self, key: ItemKey | int) -> dict:
+        """`waveform` float32 (s,), `caption`, `file_name` (the whole path)."""
+        epoch, index, _ = (0, key, key) if isinstance(key, int) else key
+        clip = self.clips[index]
+        rng = np.random.default_rng([self.seed, epoch, index])
+        caption = clip.captions[rng.integers(len(clip.captions)) if self.caption == "random" else 0]
+        source, source_rate = self.read_segment(clip, rng)
+        waveform = resample(source, source_rate, self.sample_rate)[: self.num_samples]
+        if self.normalise == "peak_half":
+            waveform = peak_half(waveform)
+        padded = np.zeros(self.num_samples, dtype=np.float32)
+        padded[: len(waveform)] = waveform
+        return {"waveform": torch.from_numpy(padded), "caption": caption, "file_name": str(clip.path)}
+
+    def read_segment(self, clip: Clip, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+        """Mono (s,) at the file's own rate, just long enough, and that rate."""
+        length = -(-self.num_samples * clip.info.sample_rate // self.sample_rate)
+        surplus = clip.info.num_samples - length
+        if surplus <= 0 or not self.random_crop:
+            return self.read_mono(clip, 0, length)
+        for _ in range(CROP_TRIES):
+            segment = self.read_mono(clip, int(rng.integers(surplus + 1)), length)
+            if np.abs(segment[0]).max() > SILENCE:
+                break
+        return segment
+
+    def read_mono(self, clip: Clip, start: int, num_samples: int) -> tuple[np.ndarray, int]:
+        waveform, sample_rate = read_audio(clip.path, start=start, num_samples=num_samples)  # (c, s)
+        return (waveform[0] if self.channel == "first" else waveform.mean(axis=0)), sample_rate
+
+
+def peak_half(waveform: np.ndarray) -> np.ndarray:
+    """(s,) without its mean and with a peak of 0.5; silence, and any constant, stays silent."""
+    centred = waveform - waveform.mean(dtype=np.float64)
+    return (0.5 * centred / (np.abs(centred).max() + 1e-8)).astype(np.float32)
+
+
+def folder(
+    path: str | Path,
+    *,
+    csv: str = "metadata.csv",
+    file_column: str = "file_name",
+    caption_column: str = "caption",
+    sample_rate: int,
+    num_samples: int,
+    seed: int,
+    normalise: Normalise = "peak_half",
+    random_crop: bool = True,
+    caption: CaptionChoice = "random",
+    channel: Channel = "mix",
+) -> Clips:
+    """The recordings that a CSV in the folder `path` names; see `manifest.folder_clips`."""
+    return Clips(
+        folder_clips(path, csv=csv, file_column=file_column, caption_column=caption_column),
+        sample_rate=sample_rate,
+        num_samples=num_samples,
+        seed=seed,
+        normalise=normalise,
+        random_crop=random_crop,
+        caption=caption,
+        channel=channel,
+    )
+
+
+def audiocaps(
+    csv: str | Path,
+    audio_root: str | Path,
+    *,
+    patterns: Sequence[str] = AUDIOCAPS_PATTERNS,
+    report: str | Path | None = None,
+    sample_rate: int,
+    num_samples: int,
+    seed: int,
+    normalise: Normalise = "peak_half",
+    random_crop: bool = True,
+    caption: CaptionChoice = "random",
+    channel: Channel = "mix",
+) -> Clips:
+    """What is there of AudioCaps; see `manifest.audiocaps_clips`."""
+    return Clips(
+        audiocaps_clips(csv, audio_root, patterns=patterns, report=report),
+        sample_rate=sample_rate,
+        num_samples=num_samples,
+        seed=seed,
+        normalise=normalise,
+        random_crop=random_crop,
+        caption=caption,
+        channel=channel,
+    )
