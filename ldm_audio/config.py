@@ -4,19 +4,21 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from tqdm import tqdm
 
 from ldm_audio import pretrained
 from ldm_audio.data.loader import StepBatches, make_loader, sequential_batches
 from ldm_audio.errors import InputError
 from ldm_audio.objectives.base import Objective
+from ldm_audio.pipelines.encode import encode
 
 FREE_ON_RESUME = (
     "trainer.max_steps", "trainer.bar_position", "trainer.log_every", "trainer.device", "logger", "num_workers"
@@ -40,6 +42,12 @@ def one_line_errors(main: Callable) -> Callable:
     return wrapped
 
 
+def checkout() -> Path:
+    """The folder with `train.py`, `sample.py` and `configs/`: the checkout, or their copies in the wheel."""
+    package = Path(__file__).parent
+    return package.parent if (package.parent / "configs").is_dir() else package / "checkout"
+
+
 def plain(node: DictConfig) -> dict:
     """A config node as plain, resolved Python values."""
     return OmegaConf.to_container(node, resolve=True)
@@ -47,9 +55,7 @@ def plain(node: DictConfig) -> dict:
 
 def open_run(cfg: DictConfig) -> Path:
     """Makes the run's folder and writes its config, or checks that a run to continue has the same one."""
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise InputError(f"{missing[0]} is not set: give {missing[0]}=VALUE (keys without a value: {', '.join(missing)})")
+    require(cfg)
     folder = Path(cfg.folder)
     path = folder / "config.yaml"
     config = OmegaConf.create(plain(cfg))
@@ -64,6 +70,13 @@ def open_run(cfg: DictConfig) -> Path:
     os.replace(temporary, path)
     torch.manual_seed(cfg.seed)
     return folder
+
+
+def require(cfg: DictConfig) -> None:
+    """InputError that names the keys without a value."""
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise InputError(f"no value for {', '.join(missing)}: give {missing[0]}=VALUE")
 
 
 def differences(old: object, new: object, key: str = "") -> list[str]:
@@ -145,5 +158,40 @@ def val_loader(cfg: DictConfig, data) -> Iterable[dict]:
     return make_loader(data, sequential_batches(len(data), cfg.batch_size, cfg.val_items), num_workers=0)
 
 
-def count_parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def read_prompts(cfg: DictConfig) -> list[str]:
+    """The prompts of `prompt` (one or a list) or of the lines of the file `prompts`."""
+    if (cfg.prompt is None) == (cfg.prompts is None):
+        raise InputError('give either prompt="..." or prompts=FILE with one prompt a line')
+    if cfg.prompt is not None:
+        return [cfg.prompt] if isinstance(cfg.prompt, str) else list(cfg.prompt)
+    path = Path(cfg.prompts)
+    if not path.is_file():
+        raise InputError(f"prompts={path}: no such file")
+    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    prompts = [line for line in prompts if line]
+    if not prompts:
+        raise InputError(f"prompts={path}: expected one prompt a line, found none")
+    return prompts
+
+
+def open_samples(cfg: DictConfig) -> Path:
+    """The folder for samples; InputError if it holds some already and `overwrite` is false."""
+    folder = Path(cfg.out)
+    if (folder / "samples.jsonl").exists() and not cfg.overwrite:
+        raise InputError(f"{folder} holds samples already: choose out=FOLDER or overwrite=true")
+    return folder
+
+
+def encode_data(overrides: Sequence[str]) -> None:
+    """`ldm-audio encode`: composes `configs/encode.yaml`, writes the latents of data.train and data.val."""
+    with initialize_config_dir(str(checkout() / "configs"), version_base="1.3"):
+        cfg = compose("encode", overrides=list(overrides))
+    require(cfg)
+    parts = {"mel": instantiate(cfg.audio), "vae": instantiate(cfg.vae), "clap": instantiate(cfg.clap)}
+    for split in ("train", "val"):
+        data = instantiate(cfg.data[split])
+        in_order = sequential_batches(len(data), cfg.batch_size, len(data))
+        batches = make_loader(data, in_order, num_workers=cfg.num_workers)
+        with tqdm(total=len(data), desc=f"encode {split}", unit="clip", dynamic_ncols=True) as bar:
+            folder = Path(cfg.out) / split
+            encode(batches, folder, **parts, shard_items=cfg.shard_items, progress=bar.update)

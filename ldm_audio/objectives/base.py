@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_audio.errors import InputError
+from ldm_audio.randomness import RowRandom
 
 Logs = dict[str, Tensor]
 Turn = tuple[str, Tensor, Logs]
@@ -110,6 +111,15 @@ def check_players(objective: Objective) -> None:
     learning = {id(p) for p in objective.parameters() if p.requires_grad}
     assert len(owned) == len(set(owned)), "a parameter belongs to two players"
     assert learning == set(owned), f"{len(learning ^ set(owned))} parameters are owned by no player or are frozen"
+
+
+def random_segments(waveform: Tensor, num_samples: int, rows: RowRandom) -> Tensor:
+    """(b, s) -> (b, num_samples), each row cut at a random place of its own; shorter ones stay whole."""
+    room = waveform.shape[-1] - num_samples
+    if room <= 0:
+        return waveform
+    starts = rows.randint(room + 1).tolist()
+    return torch.stack([row[start : start + num_samples] for row, start in zip(waveform, starts)])
 
 
 def to_device(batch: dict, device: torch.device) -> dict:

@@ -6,19 +6,19 @@ and the autoencoder answers the updated one. Departures: the discriminator start
 batches (the original counts two steps a batch), and LPIPS is never in train mode.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_audio.audio.mel import LogMel
-from ldm_audio.objectives.base import Logs, Objective, Preview, Turn
+from ldm_audio.objectives.base import Logs, Objective, Preview, Turn, random_segments
 from ldm_audio.randomness import RowRandom
 
 
 class VAEObjective(Objective):
-    """Trains `vae`, with `discriminator` as its opponent from step `adversarial_start` on.
+    """Trains `vae` on random segments of `segment_samples`, against `discriminator` from `adversarial_start` on.
 
     `perceptual(mel, target) -> (b,)` is LPIPS where its weights are at hand, else a multi-resolution mel term.
     """
@@ -31,6 +31,7 @@ class VAEObjective(Objective):
         discriminator: nn.Module,
         perceptual: nn.Module,
         seed: int,
+        segment_samples: int,
         kl_weight: float,
         perceptual_weight: float,
         adversarial_weight: float,
@@ -43,6 +44,7 @@ class VAEObjective(Objective):
         self.perceptual = perceptual.requires_grad_(False)
         self.frozen = ("perceptual",)
         self.seed = seed
+        self.segment_samples = segment_samples
         self.kl_weight = kl_weight
         self.perceptual_weight = perceptual_weight
         self.adversarial_weight = adversarial_weight
@@ -54,10 +56,17 @@ class VAEObjective(Objective):
     def networks(self) -> dict[str, nn.Module]:
         return {"vae": self.vae}
 
+    @torch.no_grad()
+    def prepare(self, batches: Iterable[dict]) -> None:
+        """Starts a new autoencoder at the mean of the mels, or its first steps would only shift its output."""
+        if getattr(self.vae, "provenance", None) is None:
+            means = [self.mel(batch["waveform"]).mean() for batch in batches]
+            self.vae.decoder.conv_out.bias.fill_(torch.stack(means).mean())
+
     def losses(self, batch: dict, step: int) -> Iterator[Turn]:
-        mel = self.mel(batch["waveform"])  # (b, f, n)
-        posterior = self.vae.encode(mel)
         rows = RowRandom([(self.seed, step, int(item)) for item in batch["item"]])
+        mel = self.mel(random_segments(batch["waveform"], self.segment_samples, rows))  # (b, f, n)
+        posterior = self.vae.encode(mel)
         noise = rows.randn(*posterior.mean.shape[1:]).to(mel)
         reconstruction = self.vae.decode(posterior.sample(noise))  # (b, f, n)
         adversarial = step >= self.adversarial_start

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_audio.audio.mel import LogMel
-from ldm_audio.objectives.base import Logs, Objective, Preview, Turn
+from ldm_audio.objectives.base import Logs, Objective, Preview, Turn, random_segments
 from ldm_audio.randomness import RowRandom
 
 
@@ -64,7 +64,8 @@ class VocoderObjective(Objective):
         return {"vocoder": folded}
 
     def losses(self, batch: dict, step: int) -> Iterator[Turn]:
-        real = self.segments(batch, step)  # (b, 1, s)
+        rows = RowRandom([(self.seed, step, int(item)) for item in batch["item"]])
+        real = random_segments(batch["waveform"], self.segment_samples, rows).unsqueeze(1)  # (b, 1, s)
         mel = self.mel(real.squeeze(1))
         fake, real = same_length(self.vocoder(mel), real)
         adversarial = step >= self.adversarial_start
@@ -92,16 +93,6 @@ class VocoderObjective(Objective):
             loss = loss + fooled + self.feature_weight * features
             logs |= {"adversarial": fooled, "features": features}
         yield "vocoder", loss, logs
-
-    def segments(self, batch: dict, step: int) -> Tensor:
-        """(b, 1, segment_samples) cut at a random place of each row; shorter clips are returned whole."""
-        waveform = batch["waveform"]
-        room = waveform.shape[-1] - self.segment_samples
-        if room <= 0:
-            return waveform.unsqueeze(1)
-        starts = RowRandom([(self.seed, step, int(item)) for item in batch["item"]]).randint(room + 1)
-        cuts = [row[start : start + self.segment_samples] for row, start in zip(waveform, starts.tolist())]
-        return torch.stack(cuts).unsqueeze(1)
 
     def validate(self, batch: dict) -> Logs:
         mel = self.mel(batch["waveform"])

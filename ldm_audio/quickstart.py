@@ -1,0 +1,220 @@
+"""From nothing to sounds from text: every stage in a row on synthetic sounds, by the public path.
+
+Each stage is one call of `train.py`, `ldm-audio encode` or `sample.py` with the configs of
+`experiment/quickstart`, one thread each, two side by side. What was asked for is then measured in what came out.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm_audio.audio.io import read_audio
+from ldm_audio.audio.mel import LogMel
+from ldm_audio.config import checkout
+from ldm_audio.data.measure import measure
+from ldm_audio.data.synthetic import ATTRIBUTES, Attributes, caption, render, split_combinations
+from ldm_audio.evaluation.attributes import accuracy, chance, shuffled_accuracy
+from ldm_audio.pipelines.gallery import mel_sheet, write_page
+from ldm_audio.pretrained import load_system, write_json
+
+NUM_PROMPTS = 48
+SAMPLE_SEEDS = (0, 1, 2)
+DURATION = 2.56  # seconds
+COLUMNS = ("chance", "shuffled", "right", "ceiling")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A caption, what it asks for, and whether its combination of attributes was in the training data."""
+
+    caption: str
+    attributes: Attributes
+    trained: bool
+
+
+def quickstart(folder: str, *, seed: int, overrides: Sequence[str]) -> dict:
+    """Trains, samples, measures; returns what it writes to `summary.json`. The same command again continues."""
+    run = Path(folder)
+    run.mkdir(parents=True, exist_ok=True)
+    stages = Stages(run, seed=seed, overrides=overrides)
+    prompts = choose_prompts(seed)
+    prompt_file = run / "prompts.txt"
+    prompt_file.write_text("".join(f"{prompt.caption}\n" for prompt in prompts))
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        clap = pool.submit(stages.train, "clap")
+        vae = pool.submit(stages.train, "vae")
+        vocoder = pool.submit(lambda: (clap.result(), stages.train("vocoder")))
+        ldm = pool.submit(lambda: (clap.result(), vae.result(), stages.encode(), stages.train("ldm")))
+        for stage in (clap, vae, vocoder, ldm):
+            stage.result()
+        samples = [pool.submit(stages.sample, prompt_file, sample_seed) for sample_seed in SAMPLE_SEEDS]
+        for stage in samples:
+            stage.result()
+
+    started = time.perf_counter()
+    summary = evaluate(run, prompts)
+    stages.seconds["evaluate"] = time.perf_counter() - started
+    summary["seconds"] = {name: round(seconds, 1) for name, seconds in stages.seconds.items()}
+    write_json(run / "summary.json", summary)
+    collect_metrics(run)
+    print(f"\n{(run / 'results.md').read_text()}\nopen {run / 'index.html'}")
+    return summary
+
+
+class Stages:
+    """Runs the stages as processes of their own, one thread each, and notes the seconds."""
+
+    def __init__(self, run: Path, *, seed: int, overrides: Sequence[str]):
+        self.run = run
+        self.root = checkout()
+        self.common = [f"runs={run.parent.as_posix()}", f"seed={seed}", *overrides]
+        self.seconds: dict[str, float] = {}
+
+    def train(self, name: str) -> None:
+        bar = 0 if name in ("clap", "vocoder") else 1
+        arguments = [f"experiment=quickstart/{name}", f"run={self.run.name}/{name}", f"trainer.bar_position={bar}"]
+        self._call(name, [str(self.root / "train.py"), *arguments, *self.paths(name), *self.common])
+
+    def paths(self, name: str) -> list[str]:
+        """Where a stage finds what the earlier ones left."""
+        if name != "ldm":
+            return []
+        return [f"vae.path={self.weights('vae')}", f"clap.path={self.weights('clap')}", f"data.path={self.run}/latents"]
+
+    def weights(self, name: str) -> Path:
+        return self.run / name / "weights" / f"{name}.safetensors"
+
+    def encode(self) -> None:
+        paths = [f"vae.path={self.weights('vae')}", f"clap.path={self.weights('clap')}"]
+        out = f"out={self.run / 'latents'}"
+        self._call("encode", ["-m", "ldm_audio.cli", "encode", "data=quickstart", *paths, out, self.common[1]])
+
+    def sample(self, prompts: Path, seed: int) -> None:
+        arguments = [
+            "experiment=quickstart",
+            f"weights={self.run / 'ldm' / 'weights'}",
+            f"vocoder={self.weights('vocoder')}",
+            f"prompts={prompts}",
+            f"seed={seed}",
+            f"out={self.run / 'samples' / f'seed{seed}'}",
+        ]
+        self._call(f"sample_{seed}", [str(self.root / "sample.py"), *arguments])
+
+    def _call(self, name: str, arguments: list[str]) -> None:
+        started = time.perf_counter()
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, *arguments], env=environment)
+        if done.returncode:
+            sys.exit(f"quickstart: {name} failed; `ldm-audio quickstart` again continues from where it stopped")
+        self.seconds[name] = time.perf_counter() - started
+
+
+def choose_prompts(seed: int) -> list[Prompt]:
+    """`NUM_PROMPTS` captions, every second one of a combination that training never saw."""
+    rng = np.random.default_rng([seed, NUM_PROMPTS])
+    trained, held_out = split_combinations("train"), split_combinations("held_out")
+    picks = []
+    for rows in (trained, held_out):
+        order = [row for _ in range(NUM_PROMPTS) for row in rng.permutation(np.array(rows, dtype=object))]
+        picks.append(order[: NUM_PROMPTS // 2])
+    return [
+        Prompt(caption(row, rng), row, number == 0) for pair in zip(*picks) for number, row in enumerate(pair)
+    ]
+
+
+def evaluate(run: Path, prompts: list[Prompt]) -> dict:
+    """Measures the sampled clips and a VAE + vocoder round trip of real ones; writes tables, sheet and page."""
+    system = load_system(run / "ldm" / "weights", vocoder=run / "vocoder" / "weights" / "vocoder.safetensors")
+    rate = system.mel.sample_rate
+    files = [sorted((run / "samples" / f"seed{seed}").glob("*.wav")) for seed in SAMPLE_SEEDS]
+    waveforms = [torch.from_numpy(read_audio(path)[0][0]) for paths in files for path in paths]
+    expected = [prompt.attributes for prompt in prompts] * len(SAMPLE_SEEDS)
+    found = [measure(waveform.numpy(), rate) for waveform in waveforms]
+    ceiling = [measure(waveform, rate) for waveform in round_trip(system, expected)]
+
+    num_values = {"kind": len(ATTRIBUTES)} | {n: len(v) for table in ATTRIBUTES.values() for n, v in table.items()}
+    columns = {
+        "chance": chance(expected, num_values),
+        "shuffled": shuffled_accuracy(expected, found),
+        "right": accuracy(expected, found),
+        "ceiling": accuracy(expected, ceiling),
+    }
+    subsets = {}
+    for name, trained in (("trained", True), ("unseen", False)):
+        chosen = [i for i in range(len(expected)) if prompts[i % len(prompts)].trained == trained]
+        subsets[name] = accuracy([expected[i] for i in chosen], [found[i] for i in chosen])["overall"]
+    write_results(run, prompts, columns, subsets, found)
+    draw(run, prompts, files[0], waveforms[: len(prompts)], system.mel, found)
+    return {
+        "attributes_right": columns["right"]["overall"],
+        **{name: columns[name]["overall"] for name in ("chance", "ceiling", "shuffled")},
+        "combinations": subsets,
+        "by_attribute": {name: {c: columns[c][name] for c in COLUMNS} for name in columns["right"]},
+    }
+
+
+@torch.inference_mode()
+def round_trip(system, expected: list[Attributes]) -> list[np.ndarray]:
+    """Freshly rendered clips with these attributes after VAE and vocoder: the best that sampling could do."""
+    rate, size = system.mel.sample_rate, round(DURATION * system.mel.sample_rate)
+    clips = []
+    for number, attributes in enumerate(expected):
+        real = render(attributes, np.random.default_rng([number, 1]), sample_rate=rate, num_samples=size)
+        latent = system.vae.encode(system.mel(torch.from_numpy(real)[None])).mean
+        clips.append(system.vocoder(system.vae.decode(latent))[0, 0, :size].numpy())
+    return clips
+
+
+def write_results(run: Path, prompts: list[Prompt], columns: dict, subsets: dict, found: list[Attributes]) -> None:
+    """`results.md`: accuracy by attribute; `table.md`: prompt by attribute, right clips out of the seeds."""
+    lines = [f"| attribute | {' | '.join(COLUMNS)} |", "|---|" + "---|" * len(COLUMNS)]
+    for name in columns["right"]:
+        lines.append(f"| {name} | {' | '.join(f'{columns[c][name]:.2f}' for c in COLUMNS)} |")
+    lines.append("")
+    lines += [f"right, combinations {name} in training: {value:.2f}" for name, value in subsets.items()]
+    (run / "results.md").write_text("\n".join(lines) + "\n")
+
+    names = [name for name in columns["right"] if name != "overall"]
+    lines = [f"| prompt | seen | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
+    for row, prompt in enumerate(prompts):
+        clips = found[row :: len(prompts)]
+        cells = []
+        for name in names:
+            want = prompt.attributes.get(name)
+            right = sum(clip.get(name) == want for clip in clips)
+            cells.append(f"{want} {right}/{len(clips)}" if want else "")
+        lines.append(f"| {prompt.caption} | {'yes' if prompt.trained else 'no'} | {' | '.join(cells)} |")
+    (run / "table.md").write_text("\n".join(lines) + "\n")
+
+
+def draw(
+    run: Path, prompts: list[Prompt], files: list[Path], waveforms: list[Tensor], mel: LogMel, found: list[Attributes]
+) -> None:
+    """The sheet of mel spectrograms and the page with players, of the first seed."""
+    mels = [mel(waveform[None])[0] for waveform in waveforms]
+    mel_sheet(run / "mels.png", mels, [prompt.caption for prompt in prompts], mel=mel)
+    rows = []
+    for prompt, file, measured in zip(prompts, files, found):
+        wrong = [f"{k}: {measured.get(k)}" for k, v in prompt.attributes.items() if measured.get(k) != v]
+        note = f"measured otherwise: {', '.join(wrong)}" if wrong else "all attributes right"
+        rows.append({"title": prompt.caption, "audio": file.relative_to(run).as_posix(), "note": note})
+    write_page(run, rows, "Quickstart: sounds from text")
+
+
+def collect_metrics(run: Path) -> None:
+    """All stages' metrics in one `metrics.jsonl`, each row with its stage."""
+    with (run / "metrics.jsonl").open("w") as file:
+        for path in sorted(run.glob("*/metrics.jsonl")):
+            for line in path.read_text().splitlines():
+                file.write(json.dumps({"stage": path.parent.name} | json.loads(line)) + "\n")
