@@ -39,7 +39,8 @@ def read_audio(path: str | Path, *, start: int = 0, num_samples: int | None = No
     """float32 (c, s) and its sample rate: `num_samples` from `start` on, or all up to the end of the file.
 
     A window that reaches past the end comes back shorter. Integer formats are scaled to [-1, 1], float
-    formats are returned as they are. A window of an mp3 file may lie a few hundred samples off.
+    formats are returned as they are. An mp3 is decoded from its beginning up to the window: exact, but slow
+    and large in memory for a long one, which is better converted to flac.
 
     Raises InputError for a file that is missing, not audio, broken, or holds NaN or infinity, and for a
     window without a sample.
@@ -48,10 +49,7 @@ def read_audio(path: str | Path, *, start: int = 0, num_samples: int | None = No
         if not 0 <= start < file.frames:
             raise InputError(f"{path}: start {start} is outside its {file.frames} samples")
         try:
-            file.seek(start)
-            waveform = file.read(
-                -1 if num_samples is None else num_samples, dtype="float32", always_2d=True
-            ).T
+            waveform = read_window(file, start, num_samples).T
         except soundfile.SoundFileError as error:
             raise InputError(f"{path}: broken audio ({one_line(error)})") from error
         sample_rate = file.samplerate
@@ -74,6 +72,16 @@ def open_audio(path: str | Path) -> soundfile.SoundFile:
         file.close()
         raise InputError(f"{path}: empty, 0 samples")
     return file
+
+
+def read_window(file: soundfile.SoundFile, start: int, num_samples: int | None) -> np.ndarray:
+    """float32 (s, c) of a newly opened file."""
+    # An mp3 is decoded in a single read from its beginning: seeking in one (soundfile does so after every
+    # read, too) misses by up to half a second where its bit rate varies.
+    ahead = start if file.format == "MP3" else 0
+    file.seek(start - ahead)
+    frames = -1 if num_samples is None else ahead + num_samples
+    return file.read(frames, dtype="float32", always_2d=True)[ahead:]
 
 
 def one_line(error: Exception) -> str:

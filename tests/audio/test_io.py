@@ -43,6 +43,16 @@ def test_any_format_reads_whole_and_in_windows(tmp_path, name, subtype, sample_r
     np.testing.assert_array_equal(last, whole[:, -10:])
 
 
+def test_windows_of_an_mp3_of_variable_rate_lie_where_they_should(tmp_path):
+    steps = np.arange(20 * 48000)
+    chirp_with_gaps = 0.5 * np.sin(steps * (0.02 + 1e-7 * steps)) * (np.sin(steps / 20000) > 0)
+    soundfile.write(tmp_path / "a.mp3", chirp_with_gaps, 48000)
+    whole, _ = read_audio(tmp_path / "a.mp3")
+    for start in (1, 50000, 310001, 900000):
+        window, _ = read_audio(tmp_path / "a.mp3", start=start, num_samples=4000)
+        np.testing.assert_allclose(window, whole[:, start : start + 4000], atol=1e-6)
+
+
 def test_twenty_milliseconds_and_one_sample_read(tmp_path):
     for length in (320, 1):
         write_wav(tmp_path / "short.wav", sine(length, 16000), 16000)
