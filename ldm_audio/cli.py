@@ -12,10 +12,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="ldm-audio", description="Train, sample and convert audio models.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    quick = commands.add_parser("quickstart", help="train every stage on synthetic sounds and sample 48 prompts")
-    quick.add_argument("--folder", default="runs/quickstart", help="where everything goes (default: %(default)s)")
+    quick = commands.add_parser(
+        "quickstart", help="train every stage on synthetic sounds and sample 48 prompts"
+    )
+    quick.add_argument(
+        "--folder", default="runs/quickstart", help="where everything goes (default: %(default)s)"
+    )
     quick.add_argument("--seed", type=int, default=0)
-    quick.add_argument("overrides", nargs="*", help="key=value for every train.py call, such as trainer.max_steps=2")
+    quick.add_argument(
+        "overrides", nargs="*", help="key=value for every train.py call, such as trainer.max_steps=2"
+    )
 
     enc = commands.add_parser("encode", help="write VAE latents and CLAP embeddings of a data set once")
     enc.add_argument("overrides", nargs="*", help="key=value: data=, vae.path=, clap.path=, out=")

@@ -1,7 +1,6 @@
 """The Hydra glue: a run's folder, its config on disk, and the parts that a config names, built and joined."""
 
 import functools
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -17,12 +16,18 @@ from tqdm import tqdm
 from ldm_audio import pretrained
 from ldm_audio.data.loader import StepBatches, make_loader, sequential_batches
 from ldm_audio.errors import InputError
+from ldm_audio.files import write_text
 from ldm_audio.objectives.base import Objective
 from ldm_audio.pipelines.encode import encode
 
 FREE_ON_RESUME = (
-    "trainer.max_steps", "trainer.bar_position", "trainer.log_every", "trainer.device", "logger", "num_workers"
-)  # fmt: skip
+    "trainer.max_steps",
+    "trainer.bar_position",
+    "trainer.log_every",
+    "trainer.device",
+    "logger",
+    "num_workers",
+)
 """Keys that may differ when a run is continued: they do not change what it learns."""
 
 NEVER_STOPS = 2**40
@@ -63,11 +68,10 @@ def open_run(cfg: DictConfig) -> Path:
         differing = differences(plain(OmegaConf.load(path)), plain(config))
         differing = [d for d in differing if not d.startswith(FREE_ON_RESUME)]
         if differing:
-            raise InputError(f"{folder} holds a run with another config ({'; '.join(differing)}): choose run=NAME")
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".config.{os.getpid()}.tmp"
-    OmegaConf.save(config, temporary)
-    os.replace(temporary, path)
+            raise InputError(
+                f"{folder} holds a run with another config ({'; '.join(differing)}): choose run=NAME"
+            )
+    write_text(path, OmegaConf.to_yaml(config))
     torch.manual_seed(cfg.seed)
     return folder
 
@@ -123,7 +127,11 @@ def weights_writer(cfg: DictConfig) -> Callable[[Objective, Path], None]:
         "commit": git_commit(),
         "versions": {name: version(name) for name in ("ldm_audio", "torch")},
     }
-    system = {"mel": without_target(cfg.audio), "schedule": without_target(cfg.schedule)} if "schedule" in cfg else None
+    system = (
+        {"mel": without_target(cfg.audio), "schedule": without_target(cfg.schedule)}
+        if "schedule" in cfg
+        else None
+    )
     return functools.partial(pretrained.save_weights, system=system, provenance=provenance)
 
 

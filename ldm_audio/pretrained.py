@@ -5,7 +5,6 @@ and `licence`, as JSON. A system is a folder: `system.json`, one network file a 
 """
 
 import json
-import os
 from pathlib import Path
 
 import hydra
@@ -18,6 +17,7 @@ from ldm_audio.audio.mel import LogMel
 from ldm_audio.data.tokenizers import load_tokenizer
 from ldm_audio.diffusion.schedule import Schedule
 from ldm_audio.errors import InputError
+from ldm_audio.files import replacing, write_json
 from ldm_audio.objectives.base import Objective
 from ldm_audio.pipelines.text_to_audio import TextToAudio
 
@@ -43,13 +43,8 @@ def save_network(
         "provenance": json.dumps(provenance),
         "licence": licence,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=header)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_network(path: str) -> nn.Module:
@@ -89,7 +84,9 @@ def check_targets(node: object, source: str) -> None:
     if isinstance(node, dict):
         target = node.get("_target_", ALLOWED_TARGETS[0])
         if not str(target).startswith(ALLOWED_TARGETS):
-            raise InputError(f"{source}: its recipe names {target}, which is not one of this package's networks")
+            raise InputError(
+                f"{source}: its recipe names {target}, which is not one of this package's networks"
+            )
         for child in node.values():
             check_targets(child, source)
 
@@ -110,7 +107,7 @@ def read_file(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
 
 
 def save_weights(objective: Objective, folder: Path, *, system: dict | None, provenance: dict) -> None:
-    """What a training run leaves to be used: its networks, its tokenizer, and the whole system where it is one.
+    """What a training run leaves to be used: its networks, its tokenizer, and the system where it is one.
 
     The frozen parts of a system are written once; `system.json` comes last, so that it never names a part
     that is not there.
@@ -128,7 +125,9 @@ def save_weights(objective: Objective, folder: Path, *, system: dict | None, pro
         if part is not None and not path.exists():
             save_network(part, path, recipe=part.recipe, provenance=part.provenance)
     scale = {"latent_scale": float(objective.latent_scale)}
-    write_json(folder / "system.json", {"format": SYSTEM_FORMAT, "pipeline": "text_to_audio"} | system | scale)
+    write_json(
+        folder / "system.json", {"format": SYSTEM_FORMAT, "pipeline": "text_to_audio"} | system | scale
+    )
 
 
 def load_system(folder: str, *, vocoder: str | None = None, device: str = "cpu") -> TextToAudio:
@@ -151,11 +150,3 @@ def load_system(folder: str, *, vocoder: str | None = None, device: str = "cpu")
         latent_scale=system["latent_scale"],
     )
     return pipeline.to(device)
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Pretty JSON, written to a temporary name and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)

@@ -1,7 +1,7 @@
 """From nothing to sounds from text: every stage in a row on synthetic sounds, by the public path.
 
 Each stage is one call of `train.py`, `ldm-audio encode` or `sample.py` with the configs of
-`experiment/quickstart`, one thread each, two side by side. What was asked for is then measured in what came out.
+`experiment/quickstart`, one thread each, two side by side. Then what was asked for is measured in the sounds.
 """
 
 import json
@@ -24,8 +24,9 @@ from ldm_audio.config import checkout
 from ldm_audio.data.measure import measure
 from ldm_audio.data.synthetic import ATTRIBUTES, Attributes, caption, render, split_combinations
 from ldm_audio.evaluation.attributes import accuracy, chance, shuffled_accuracy
+from ldm_audio.files import write_json, write_text
 from ldm_audio.pipelines.gallery import mel_sheet, write_page
-from ldm_audio.pretrained import load_system, write_json
+from ldm_audio.pretrained import load_system
 
 NUM_PROMPTS = 48
 SAMPLE_SEEDS = (0, 1, 2)
@@ -43,13 +44,12 @@ class Prompt:
 
 
 def quickstart(folder: str, *, seed: int, overrides: Sequence[str]) -> dict:
-    """Trains, samples, measures; returns what it writes to `summary.json`. The same command again continues."""
+    """Trains, samples, measures; returns what it writes to `summary.json`. Called again, it continues."""
     run = Path(folder)
-    run.mkdir(parents=True, exist_ok=True)
     stages = Stages(run, seed=seed, overrides=overrides)
     prompts = choose_prompts(seed)
     prompt_file = run / "prompts.txt"
-    prompt_file.write_text("".join(f"{prompt.caption}\n" for prompt in prompts))
+    write_text(prompt_file, "".join(f"{prompt.caption}\n" for prompt in prompts))
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         clap = pool.submit(stages.train, "clap")
@@ -83,14 +83,22 @@ class Stages:
 
     def train(self, name: str) -> None:
         bar = 0 if name in ("clap", "vocoder") else 1
-        arguments = [f"experiment=quickstart/{name}", f"run={self.run.name}/{name}", f"trainer.bar_position={bar}"]
+        arguments = [
+            f"experiment=quickstart/{name}",
+            f"run={self.run.name}/{name}",
+            f"trainer.bar_position={bar}",
+        ]
         self._call(name, [str(self.root / "train.py"), *arguments, *self.paths(name), *self.common])
 
     def paths(self, name: str) -> list[str]:
         """Where a stage finds what the earlier ones left."""
         if name != "ldm":
             return []
-        return [f"vae.path={self.weights('vae')}", f"clap.path={self.weights('clap')}", f"data.path={self.run}/latents"]
+        return [
+            f"vae.path={self.weights('vae')}",
+            f"clap.path={self.weights('clap')}",
+            f"data.path={self.run}/latents",
+        ]
 
     def weights(self, name: str) -> Path:
         return self.run / name / "weights" / f"{name}.safetensors"
@@ -98,7 +106,9 @@ class Stages:
     def encode(self) -> None:
         paths = [f"vae.path={self.weights('vae')}", f"clap.path={self.weights('clap')}"]
         out = f"out={self.run / 'latents'}"
-        self._call("encode", ["-m", "ldm_audio.cli", "encode", "data=quickstart", *paths, out, self.common[1]])
+        self._call(
+            "encode", ["-m", "ldm_audio.cli", "encode", "data=quickstart", *paths, out, self.common[1]]
+        )
 
     def sample(self, prompts: Path, seed: int) -> None:
         arguments = [
@@ -116,7 +126,9 @@ class Stages:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         done = subprocess.run([sys.executable, *arguments], env=environment)
         if done.returncode:
-            sys.exit(f"quickstart: {name} failed; `ldm-audio quickstart` again continues from where it stopped")
+            sys.exit(
+                f"quickstart: {name} failed; `ldm-audio quickstart` again continues from where it stopped"
+            )
         self.seconds[name] = time.perf_counter() - started
 
 
@@ -134,7 +146,7 @@ def choose_prompts(seed: int) -> list[Prompt]:
 
 
 def evaluate(run: Path, prompts: list[Prompt]) -> dict:
-    """Measures the sampled clips and a VAE + vocoder round trip of real ones; writes tables, sheet and page."""
+    """Measures the samples and a VAE + vocoder round trip of real clips; writes tables, sheet and page."""
     system = load_system(run / "ldm" / "weights", vocoder=run / "vocoder" / "weights" / "vocoder.safetensors")
     rate = system.mel.sample_rate
     files = [sorted((run / "samples" / f"seed{seed}").glob("*.wav")) for seed in SAMPLE_SEEDS]
@@ -143,7 +155,9 @@ def evaluate(run: Path, prompts: list[Prompt]) -> dict:
     found = [measure(waveform.numpy(), rate) for waveform in waveforms]
     ceiling = [measure(waveform, rate) for waveform in round_trip(system, expected)]
 
-    num_values = {"kind": len(ATTRIBUTES)} | {n: len(v) for table in ATTRIBUTES.values() for n, v in table.items()}
+    num_values = {"kind": len(ATTRIBUTES)} | {
+        n: len(v) for table in ATTRIBUTES.values() for n, v in table.items()
+    }
     columns = {
         "chance": chance(expected, num_values),
         "shuffled": shuffled_accuracy(expected, found),
@@ -176,14 +190,16 @@ def round_trip(system, expected: list[Attributes]) -> list[np.ndarray]:
     return clips
 
 
-def write_results(run: Path, prompts: list[Prompt], columns: dict, subsets: dict, found: list[Attributes]) -> None:
+def write_results(
+    run: Path, prompts: list[Prompt], columns: dict, subsets: dict, found: list[Attributes]
+) -> None:
     """`results.md`: accuracy by attribute; `table.md`: prompt by attribute, right clips out of the seeds."""
     lines = [f"| attribute | {' | '.join(COLUMNS)} |", "|---|" + "---|" * len(COLUMNS)]
     for name in columns["right"]:
         lines.append(f"| {name} | {' | '.join(f'{columns[c][name]:.2f}' for c in COLUMNS)} |")
     lines.append("")
     lines += [f"right, combinations {name} in training: {value:.2f}" for name, value in subsets.items()]
-    (run / "results.md").write_text("\n".join(lines) + "\n")
+    write_text(run / "results.md", "\n".join(lines) + "\n")
 
     names = [name for name in columns["right"] if name != "overall"]
     lines = [f"| prompt | seen | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
@@ -195,11 +211,16 @@ def write_results(run: Path, prompts: list[Prompt], columns: dict, subsets: dict
             right = sum(clip.get(name) == want for clip in clips)
             cells.append(f"{want} {right}/{len(clips)}" if want else "")
         lines.append(f"| {prompt.caption} | {'yes' if prompt.trained else 'no'} | {' | '.join(cells)} |")
-    (run / "table.md").write_text("\n".join(lines) + "\n")
+    write_text(run / "table.md", "\n".join(lines) + "\n")
 
 
 def draw(
-    run: Path, prompts: list[Prompt], files: list[Path], waveforms: list[Tensor], mel: LogMel, found: list[Attributes]
+    run: Path,
+    prompts: list[Prompt],
+    files: list[Path],
+    waveforms: list[Tensor],
+    mel: LogMel,
+    found: list[Attributes],
 ) -> None:
     """The sheet of mel spectrograms and the page with players, of the first seed."""
     mels = [mel(waveform[None])[0] for waveform in waveforms]

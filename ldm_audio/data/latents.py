@@ -1,7 +1,7 @@
 """Clips encoded once: VAE latents, CLAP embeddings and captions in safetensors shards.
 
-A shard holds one stacked tensor a kind (`z_mean`, `z_std` (i, c, t, f), `audio_embed` (i, d)); its header holds
-the captions and the hashes of the networks that made it. `ldm-audio encode` writes them.
+A shard holds one stacked tensor a kind (`z_mean`, `z_std` (i, c, t, f), `audio_embed` (i, d)); its header
+holds the captions and the hashes of the networks that made it. `ldm-audio encode` writes them.
 """
 
 import json
@@ -38,7 +38,9 @@ class Latents:
             self.places += [(number, row) for row in range(len(captions))]
             self._captions += captions
         if len(made_by) > 1:
-            raise InputError(f"{path}: its shards were made by different encoders; encode into an empty folder")
+            raise InputError(
+                f"{path}: its shards were made by different encoders; encode into an empty folder"
+            )
         self.encoders: dict[str, str] = json.loads(made_by.pop())
 
     def __len__(self) -> int:

@@ -7,8 +7,8 @@ phase make no difference, nor whether a tone is a sine or a buzz of a few harmon
 - kind: a beat has bursts in the low register and bursts above it; a sound keeps to one register.
 - register: where the power is.
 - texture: in how many mel bands the power is at a time; few for a tone, many for noise.
-- envelope: a pulse is a swing of the amplitude near an allowed rate, a fade is a drop from the first quarter
-  to the last.
+- envelope: pulses are gaps that come near an allowed rate, a fade is a drop from the first quarter to the
+  last.
 - motion: by how many mel bands the centre of the power moves.
 - tempo: the allowed period at which the bursts repeat best.
 - metre: in three, one tick follows another; in two, each stands between downbeats.
@@ -38,7 +38,7 @@ NOTHING = "none"  # the kind of a silent or broken clip
 SILENCE = 1e-4  # peak
 BEAT_BURST = 0.03  # of the loudest power: the burst in the second loudest register
 TONE_BANDS = 4.0  # effective number of mel bands
-PULSE_DEPTH = 0.5  # swing of the amplitude over its mean
+PULSE_DEPTH = 0.5  # swing between on (1) and off (0) over its mean
 FADE_DROP = 10.0  # dB
 GLIDE = 4.5  # mel bands over the clip; above 1 kHz fifteen make an octave
 TICKS_IN_A_ROW = 0.1  # of the neighbouring beats with a tick, those with two: 0 in two, 1/3 in three
@@ -173,8 +173,8 @@ def _width(power: np.ndarray) -> float:
 
 def _envelope(power: np.ndarray) -> str:
     """power (n,) of one register."""
-    amplitude = np.sqrt(power)
-    depths = {name: _swing(amplitude, rate) for name, rate in PULSE_RATES.items()}
+    on = _on(np.sqrt(power))
+    depths = {name: _swing(on, rate) for name, rate in PULSE_RATES.items()}
     strongest = max(depths, key=depths.get)
     if depths[strongest] > PULSE_DEPTH:
         return strongest
@@ -182,12 +182,20 @@ def _envelope(power: np.ndarray) -> str:
     return "fade" if 10 * np.log10(first / max(last, 1e-30)) > FADE_DROP else "steady"
 
 
-def _swing(amplitude: np.ndarray, rate: float) -> float:
-    """Size of the sinusoid in amplitude (n,) near `rate` Hz, over the mean; about 1 for on and off."""
+def _on(amplitude: np.ndarray) -> np.ndarray:
+    """(n,) from 0 in gaps to 1 in sound, by the largest amplitude within 0.25 s. So a fade does not count,
+    nor the shallow dips of a vocoder whose harmonics a gliding tone passes one after the other."""
+    reach = FRAME_RATE // 4
+    near = np.lib.stride_tricks.sliding_window_view(np.pad(amplitude, reach, mode="edge"), 2 * reach + 1)
+    return np.clip((amplitude / np.maximum(near.max(1), 1e-30) - 0.2) / 0.3, 0, 1)
+
+
+def _swing(on: np.ndarray, rate: float) -> float:
+    """Size of the sinusoid in `on` (n,) near `rate` Hz, over the mean; about 1 for pulses, 0 for none."""
     rates = rate * np.linspace(1 - TOLERANCE, 1 + TOLERANCE, 9)
-    seconds = np.arange(len(amplitude)) / FRAME_RATE
+    seconds = np.arange(len(on)) / FRAME_RATE
     waves = np.exp(-2j * np.pi * np.outer(rates, seconds))
-    return float(2 * np.abs(waves @ amplitude).max() / amplitude.sum())
+    return float(2 * np.abs(waves @ on).max() / on.sum())
 
 
 def _motion(power: np.ndarray) -> str:

@@ -49,6 +49,8 @@ BEATS_PER_BAR = {"two": 2, "three": 3}
 SPLITS: tuple[Split, ...] = ("train", "val", "held_out", "all")
 HELD_OUT_FRACTION = 0.25
 MIN_SAMPLE_RATE = 16000
+BACKGROUND = 5e-4  # white noise about 60 dB below the peak: recordings have some, digital silence is odd
+EDGE = 0.03  # seconds over which a clip fades in and out
 HOP_HZ = 100.0  # level tones lie on its multiples: the period of a vocoder's 10 ms hop
 
 
@@ -235,7 +237,19 @@ def render_clip(
         attributes, rng, sample_rate, num_samples
     )
     scale = rng.uniform(0.4, 0.6) / max(float(np.abs(clip.waveform).max()), 1e-9)
-    return clip._replace(waveform=(clip.waveform * scale).astype(np.float32))
+    background = BACKGROUND * rng.standard_normal(num_samples, dtype=np.float32)
+    waveform = clip.waveform * scale * _edges(sample_rate, num_samples) + background
+    return clip._replace(waveform=waveform.astype(np.float32))
+
+
+@lru_cache(maxsize=8)
+def _edges(sample_rate: int, num_samples: int) -> np.ndarray:
+    """float32 (s,) gain that fades in and out: a clip cut hard would click where its mel reflects it."""
+    size = min(int(EDGE * sample_rate), num_samples // 2)
+    ramp = (np.sin(0.5 * np.pi * np.arange(size) / max(size, 1)) ** 2).astype(np.float32)
+    gain = np.ones(num_samples, np.float32)
+    gain[:size], gain[num_samples - size :] = ramp, ramp[::-1]
+    return gain
 
 
 def _cos(cycles: np.ndarray) -> np.ndarray:

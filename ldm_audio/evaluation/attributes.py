@@ -1,7 +1,7 @@
-"""How much of what a prompt asks for is in the sound: accuracy by attribute, measured without a learned judge.
+"""How much of what a prompt asks for is in the sound: accuracy by attribute, without a learned judge.
 
-A clip's attributes are a flat dict such as {"kind": "sound", "register": "low", ...}; what a prompt expects and
-what was measured are compared key by key, and a key that was not measured counts as wrong.
+A clip's attributes are a flat dict such as {"kind": "sound", "register": "low", ...}; what a prompt expects
+and what was measured are compared key by key, and a key that was not measured counts as wrong.
 """
 
 from collections.abc import Mapping, Sequence

@@ -86,8 +86,8 @@ class Objective(nn.Module):
                 continue
             if not allow_random and getattr(part, "provenance", None) is None:
                 raise InputError(
-                    f"{name} is frozen here but has no weights: give {name}=file {name}.path=FILE.safetensors, "
-                    "or allow_random_frozen=true"
+                    f"{name} is frozen here but has no weights: give {name}=file "
+                    f"{name}.path=FILE.safetensors, or allow_random_frozen=true"
                 )
             part.requires_grad_(False).eval()
 
@@ -101,7 +101,9 @@ class Objective(nn.Module):
         expected = self.learned_state().keys()
         if state.keys() != expected:
             odd = sorted(state.keys() ^ expected)
-            raise InputError(f"the checkpoint does not fit this objective: {len(odd)} keys differ, first {odd[0]}")
+            raise InputError(
+                f"the checkpoint does not fit this objective: {len(odd)} keys differ, first {odd[0]}"
+            )
         self.load_state_dict(state, strict=False)
 
 
@@ -110,7 +112,9 @@ def check_players(objective: Objective) -> None:
     owned = [id(p) for parameters in objective.players().values() for p in parameters]
     learning = {id(p) for p in objective.parameters() if p.requires_grad}
     assert len(owned) == len(set(owned)), "a parameter belongs to two players"
-    assert learning == set(owned), f"{len(learning ^ set(owned))} parameters are owned by no player or are frozen"
+    assert learning == set(owned), (
+        f"{len(learning ^ set(owned))} parameters are owned by no player or are frozen"
+    )
 
 
 def random_segments(waveform: Tensor, num_samples: int, rows: RowRandom) -> Tensor:

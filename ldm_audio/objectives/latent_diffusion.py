@@ -2,8 +2,8 @@
 
 The embedding of the audio itself may train the network and the embedding of a text steer it ("audio embedding
 at training, text embedding at sampling"); which of them is used is a setting and not a switch hidden in the
-code. Departures from the original: CLAP stays in eval mode, the condition is dropped by one rule for each item
-(the original stacks two), and `latent_scale` comes from several batches.
+code. Departures from the original: CLAP stays in eval mode, the condition is dropped by one rule for each
+item (the original stacks two), and `latent_scale` comes from several batches.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -87,7 +87,9 @@ class LatentDiffusionObjective(Objective):
             squares += (mean.double() ** 2 + std.double() ** 2).sum().item()
         variance = squares / count - (total / count) ** 2
         if not variance > 0:
-            raise InputError(f"the latents of the first batches have variance {variance}: is the vae trained?")
+            raise InputError(
+                f"the latents of the first batches have variance {variance}: is the vae trained?"
+            )
         self.latent_scale.fill_(variance**-0.5)
 
     def losses(self, batch: dict, step: int) -> Iterator[Turn]:

@@ -1,9 +1,9 @@
 """The mel autoencoder: L1 + perceptual + KL, and a hinge patch GAN with an adaptive weight.
 
-AudioLDM (2301.12503, section 3.3) trains latent diffusion's autoencoder loss on log-mels. As in the original:
-reconstruction terms are summed over an item's mel, KL is a mean over its latent, the discriminator moves first
-and the autoencoder answers the updated one. Departures: the discriminator starts after `adversarial_start`
-batches (the original counts two steps a batch), and LPIPS is never in train mode.
+AudioLDM (2301.12503, section 3.3) trains latent diffusion's autoencoder loss on log-mels. As in the
+original: reconstruction terms are summed over an item's mel, KL is a mean over its latent, the discriminator
+moves first and the autoencoder answers the updated one. Departures: the discriminator starts after
+`adversarial_start` batches (the original counts two steps a batch), and LPIPS is never in train mode.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,9 +18,9 @@ from ldm_audio.randomness import RowRandom
 
 
 class VAEObjective(Objective):
-    """Trains `vae` on random segments of `segment_samples`, against `discriminator` from `adversarial_start` on.
+    """Trains `vae` on random segments of `segment_samples`, later against `discriminator`.
 
-    `perceptual(mel, target) -> (b,)` is LPIPS where its weights are at hand, else a multi-resolution mel term.
+    `perceptual(mel, target) -> (b,)`: LPIPS where its weights are at hand, else a multi-resolution mel term.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class VAEObjective(Objective):
 
     @torch.no_grad()
     def prepare(self, batches: Iterable[dict]) -> None:
-        """Starts a new autoencoder at the mean of the mels, or its first steps would only shift its output."""
+        """Starts a new autoencoder at the mean of the mels; its first steps would only shift its output."""
         if getattr(self.vae, "provenance", None) is None:
             means = [self.mel(batch["waveform"]).mean() for batch in batches]
             self.vae.decoder.conv_out.bias.fill_(torch.stack(means).mean())
@@ -91,13 +91,15 @@ class VAEObjective(Objective):
             logs |= {"adversarial": fooled, "adversarial_weight": weight}
         yield "vae", loss, logs
 
-    def reconstruction_terms(self, mel: Tensor, reconstruction: Tensor, posterior) -> tuple[Tensor, Tensor, Tensor]:
-        """Batch means of L1 (nepers a mel element), the perceptual distance, and KL (nats a latent element)."""
+    def reconstruction_terms(
+        self, mel: Tensor, reconstruction: Tensor, posterior
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Batch means of L1 (nepers a mel element), perceptual distance and KL (nats a latent element)."""
         l1 = (mel - reconstruction).abs().mean()
         return l1, self.perceptual(reconstruction, mel).mean(), posterior.kl().mean()
 
     def adaptive_weight(self, nll: Tensor, fooled: Tensor) -> Tensor:
-        """VQGAN (2012.09841, equation 7): gradients of both terms at the last layer are made equally large."""
+        """VQGAN (2012.09841, equation 7): makes the gradients of both terms at the last layer equally large."""
         last = self.vae.last_layer
         nll_grad = torch.autograd.grad(nll, last, retain_graph=True)[0]
         fooled_grad = torch.autograd.grad(fooled, last, retain_graph=True)[0]

@@ -110,7 +110,9 @@ class VocoderObjective(Objective):
         fake = self.vocoder(mel).squeeze(1)
         rate = self.mel.sample_rate
         previews = {f"{i}_real": Preview(mel[i], real[i], rate) for i in range(len(real))}
-        return previews | {f"{i}_vocoded": Preview(self.mel(fake[i : i + 1])[0], fake[i], rate) for i in range(len(real))}
+        return previews | {
+            f"{i}_vocoded": Preview(self.mel(fake[i : i + 1])[0], fake[i], rate) for i in range(len(real))
+        }
 
 
 def same_length(fake: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm_audio.audio.io import resample_sinc
 from ldm_audio.audio.mel import LogMel
+from ldm_audio.files import replacing
 
 
 @torch.inference_mode()
@@ -30,7 +30,6 @@ def encode(
     Returns the number of clips; calls `progress(clips)` after each batch. A shard is written to a temporary
     name and renamed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     encoders = {"vae": state_hash(vae), "clap": state_hash(clap)}
     rows: dict[str, list[Tensor]] = {"z_mean": [], "z_std": [], "audio_embed": []}
     captions: list[str] = []
@@ -40,10 +39,8 @@ def encode(
         nonlocal shards
         tensors = {name: torch.cat(parts).contiguous() for name, parts in rows.items()}
         header = {"captions": json.dumps(captions), "encoders": json.dumps(encoders)}
-        path = folder / f"shard_{shards:05d}.safetensors"
-        temporary = path.with_name(f".{path.name}.tmp")
-        save_file(tensors, temporary, metadata=header)
-        os.replace(temporary, path)
+        with replacing(folder / f"shard_{shards:05d}.safetensors") as temporary:
+            save_file(tensors, temporary, metadata=header)
         shards += 1
         captions.clear()
         for parts in rows.values():

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from ldm_audio.files import replacing, write_text
 from ldm_audio.objectives.base import Preview
 
 
@@ -20,11 +21,8 @@ class JSONLLogger:
 
     def __init__(self, path: Path, *, start_step: int):
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_rows(path) if row["step"] <= start_step] if start_step else []
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, path)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = path.open("a")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -68,16 +66,16 @@ class PreviewFiles:
     def preview(self, step: int, previews: dict[str, Preview]) -> None:
         from ldm_audio.audio.io import write_wav
 
-        self.folder.mkdir(parents=True, exist_ok=True)
         names = list(previews)
         figure = mel_figure([previews[n].mel for n in names], names)
-        temporary = self.folder / ".preview.tmp.png"
-        figure.savefig(temporary, dpi=80)
-        os.replace(temporary, self.folder / f"{step:07d}.png")
+        with replacing(self.folder / f"{step:07d}.png") as temporary:
+            figure.savefig(temporary, dpi=80, format="png")
         for name, preview in previews.items():
             if preview.waveform is not None:
                 slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:60]
-                write_wav(self.folder / f"{step:07d}_{slug}.wav", preview.waveform.clamp(-1, 1), preview.sample_rate)
+                write_wav(
+                    self.folder / f"{step:07d}_{slug}.wav", preview.waveform.clamp(-1, 1), preview.sample_rate
+                )
 
     def close(self) -> None:
         pass

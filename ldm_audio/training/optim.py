@@ -22,5 +22,5 @@ def warmup_cosine(step: int, *, warmup_steps: int, max_steps: int, floor: float)
 
 
 def exponential(step: int, *, decay: float, every: int) -> float:
-    """`decay` once every `every` steps: HiFi-GAN's 0.999 an epoch is `decay: 0.999, every: steps an epoch`."""
+    """`decay` once every `every` steps; HiFi-GAN's is 0.999 once an epoch."""
     return decay ** (step // every)

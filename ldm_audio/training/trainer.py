@@ -78,7 +78,9 @@ class Trainer:
         self.bar_position = bar_position
         self.stop_requested = False
 
-    def fit(self, objective: Objective, train_batches: Callable[[int], Iterable], val_batches: Iterable) -> float:
+    def fit(
+        self, objective: Objective, train_batches: Callable[[int], Iterable], val_batches: Iterable
+    ) -> float:
         """Trains from the last checkpoint, or from nothing, and returns the best monitored value.
 
         train_batches(step) yields the batches from that step on; with accumulation, `accumulate` of them
@@ -243,7 +245,7 @@ class Trainer:
             self._write_weights("best")
 
     def _save(self) -> None:
-        """Weights files first, then the state: a run killed in between repeats the steps since the last state."""
+        """Weights files first, then the state: killed in between, a run repeats steps and loses nothing."""
         self._write_weights("weights")
         state = {
             "step": self.step,
@@ -278,7 +280,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM ask the loop to stop after the step in hand; a second Ctrl-C interrupts at once."""
+        """Ctrl-C and SIGTERM stop the loop after the step in hand; a second one interrupts at once."""
 
         def ask(number, frame):
             if self.stop_requested:
