@@ -34,14 +34,22 @@ NEVER_STOPS = 2**40
 
 
 def one_line_errors(main: Callable) -> Callable:
-    """Prints an InputError as one line on stderr and exits with 2; other errors keep their traceback."""
+    """Prints an InputError as one line on stderr and exits with 2; other errors keep their traceback.
+
+    Hydra wraps what the parts that it builds raise, so the causes of an error are looked at too.
+    """
 
     @functools.wraps(main)
     def wrapped(*args):
         try:
             return main(*args)
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
+        except Exception as error:
+            cause = error
+            while cause is not None and not isinstance(cause, InputError):
+                cause = cause.__cause__
+            if cause is None:
+                raise
+            print(f"error: {cause}", file=sys.stderr)
             sys.exit(2)
 
     return wrapped

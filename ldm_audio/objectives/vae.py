@@ -99,7 +99,7 @@ class VAEObjective(Objective):
         return l1, self.perceptual(reconstruction, mel).mean(), posterior.kl().mean()
 
     def adaptive_weight(self, nll: Tensor, fooled: Tensor) -> Tensor:
-        """VQGAN (2012.09841, equation 7): makes the gradients of both terms at the last layer equally large."""
+        """VQGAN (2012.09841, equation 7): both terms get equally large gradients at the last layer."""
         last = self.vae.last_layer
         nll_grad = torch.autograd.grad(nll, last, retain_graph=True)[0]
         fooled_grad = torch.autograd.grad(fooled, last, retain_graph=True)[0]
