@@ -236,9 +236,9 @@ def render_clip(
     clip = (_render_beat if attributes["kind"] == "beat" else _render_sound)(
         attributes, rng, sample_rate, num_samples
     )
-    scale = rng.uniform(0.4, 0.6) / max(float(np.abs(clip.waveform).max()), 1e-9)
-    background = BACKGROUND * rng.standard_normal(num_samples, dtype=np.float32)
-    waveform = clip.waveform * scale * _edges(sample_rate, num_samples) + background
+    waveform = clip.waveform * _edges(sample_rate, num_samples)
+    waveform *= rng.uniform(0.4, 0.6) / max(float(np.abs(waveform).max()), 1e-9)
+    waveform += BACKGROUND * rng.standard_normal(num_samples, dtype=np.float32)
     return clip._replace(waveform=waveform.astype(np.float32))
 
 
