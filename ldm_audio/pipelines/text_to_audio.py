@@ -121,8 +121,9 @@ class TextToAudio:
         num_samples = round(duration * self.mel.sample_rate)
         shape = self.latent_shape(num_samples)
 
-        embed = self.embed(prompts, batch_size) if prompt_embeds is None else prompt_embeds.to(self.device)
-        negative = self.embed([""] if negative_prompts is None else negative_prompts, batch_size)
+        place = next(self.unet.parameters())  # its device and dtype are the sampling's
+        embed = (self.embed(prompts, batch_size) if prompt_embeds is None else prompt_embeds).to(place)
+        negative = self.embed([""] if negative_prompts is None else negative_prompts, batch_size).to(place)
         negative = negative.expand_as(embed)
         num_prompts, candidates = len(embed), num_waveforms_per_prompt
         embed, negative = (repeat(rows, "p d -> (p k) d", k=candidates) for rows in (embed, negative))
@@ -146,7 +147,7 @@ class TextToAudio:
         for start in range(0, len(keys), batch_size):
             chunk = slice(start, start + batch_size)
             rows = RowRandom(keys[chunk])
-            z = rows.randn(*shape).to(self.device)
+            z = rows.randn(*shape).to(embed)
             denoiser = guide(embed[chunk], negative[chunk])
             z0 = sampler(denoiser, z, timesteps, self.schedule, rows.randn, report)
             waveform, mel = decode_latents(self.vae, self.vocoder, z0, self.latent_scale, num_samples)

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -130,9 +131,14 @@ class Trainer:
     def _run(self, train_batches: Callable[[int], Iterable], val_batches: Iterable) -> None:
         batches = self._moved(train_batches(self.step * self.accumulate))
         self.bar = tqdm(
-            total=self.max_steps, initial=self.step, desc=self.folder.name, position=self.bar_position,
-            dynamic_ncols=True, mininterval=0.5, smoothing=0.05,
-        )  # fmt: skip
+            total=self.max_steps,
+            initial=self.step,
+            desc=self.folder.name,
+            position=self.bar_position,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 20.0,  # a log file wants few lines
+            smoothing=0.05,
+        )
         since, waited = time.perf_counter(), 0.0
         while self.step < self.max_steps and not self.stop_requested:
             before = time.perf_counter()
