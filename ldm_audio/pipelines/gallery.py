@@ -12,7 +12,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 from urllib.parse import quote
 
 import numpy as np
@@ -22,6 +22,9 @@ from ldm_audio.audio.io import write_wav
 from ldm_audio.audio.mel import LogMel, hz_to_mel
 from ldm_audio.errors import InputError
 from ldm_audio.pipelines.text_to_audio import Generated
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 DECIBELS = 20 / math.log(10)  # of a natural logarithm of magnitude
 RANGE = 80.0  # decibels shown below the loudest
@@ -93,7 +96,7 @@ def mel_sheet(path: str | Path, mels: Sequence[Tensor], titles: Sequence[str], *
         write_atomically(Path(path), lambda partial: figure.savefig(partial, format="png"))
 
 
-def hertz_axis(panel, mel: LogMel) -> None:
+def hertz_axis(panel: "Axes", mel: LogMel) -> None:
     """Labels an axis of mel bins with round frequencies, at the bins whose triangles peak there."""
     lowest, highest = hz_to_mel(mel.fmin, "slaney"), hz_to_mel(mel.fmax, "slaney")
     spacing = (highest - lowest) / (mel.n_mels + 1)

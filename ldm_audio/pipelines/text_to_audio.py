@@ -87,7 +87,7 @@ class TextToAudio:
             network.to(device)
         return self
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self,
         prompts: Sequence[str] | None = None,

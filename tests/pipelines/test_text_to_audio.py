@@ -260,7 +260,7 @@ def test_candidates_are_ranked_within_their_prompt_by_clap(pipeline):
     assert (scores.diff(dim=1) <= 0).all() and scores.abs().max() <= 1 + 1e-6
     assert all(sorted(sounds.seeds[p : p + 3]) == [(3, 0), (3, 1), (3, 2)] for p in (0, 3, 6))
     embeds = pipeline.embed(PROMPTS, batch_size=3).repeat_interleave(3, 0)
-    with torch.inference_mode():
+    with torch.no_grad():
         again = pipeline.similarity(sounds.waveforms, embeds)
     assert (again - sounds.scores).abs().max() < 1e-5
 
@@ -290,6 +290,12 @@ def test_sampling_leaves_the_global_generator_alone(pipeline):
     state = torch.get_rng_state()
     pipeline(PROMPTS[:1], **SETTINGS)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_sounds_may_be_trained_on(pipeline):
+    weight = torch.ones(1, requires_grad=True)
+    (weight * pipeline(PROMPTS[:1], **SETTINGS).waveforms).sum().backward()
+    assert weight.grad is not None
 
 
 def test_parts_are_in_eval_mode_and_move_together(pipeline):
