@@ -11,6 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 from tqdm import tqdm
 
 from ldm_audio import pretrained
@@ -85,10 +86,24 @@ def open_run(cfg: DictConfig) -> Path:
 
 
 def require(cfg: DictConfig) -> None:
-    """InputError that names the keys without a value."""
-    missing = sorted(OmegaConf.missing_keys(cfg))
+    """InputError that names the keys without a value, or the key whose value refers to none."""
+    missing = missing_keys(OmegaConf.to_container(cfg, resolve=False))
     if missing:
         raise InputError(f"no value for {', '.join(missing)}: give {missing[0]}=VALUE")
+    try:
+        plain(cfg)
+    except InterpolationResolutionError as error:
+        raise InputError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def missing_keys(node: object, key: str = "") -> list[str]:
+    """The keys of `???` in a config whose interpolations are not resolved, sorted."""
+    if isinstance(node, list):
+        node = dict(enumerate(node))
+    if isinstance(node, dict):
+        inner = (missing_keys(child, f"{key}.{name}" if key else str(name)) for name, child in node.items())
+        return sorted(name for names in inner for name in names)
+    return [key] if node == "???" else []
 
 
 def differences(old: object, new: object, key: str = "") -> list[str]:

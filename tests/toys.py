@@ -1,0 +1,204 @@
+"""Tiny networks, data and objectives for the tests of everything that joins the parts.
+
+Axes: b batch, s samples.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ldm_audio.audio.clap_mel import ClapMel
+from ldm_audio.audio.mel import LogMel
+from ldm_audio.data.tokenizers import Tokenizer, train_bpe
+from ldm_audio.diffusion.schedule import Schedule
+from ldm_audio.models.clap import CLAP
+from ldm_audio.models.discriminators import PatchDiscriminator, WaveDiscriminator
+from ldm_audio.models.hifigan import HiFiGAN
+from ldm_audio.models.htsat import HTSAT
+from ldm_audio.models.perceptual import MultiResolutionMel
+from ldm_audio.models.roberta import Roberta
+from ldm_audio.models.unet import UNet
+from ldm_audio.models.vae import VAE
+from ldm_audio.objectives.base import Objective
+from ldm_audio.objectives.contrastive import ContrastiveObjective
+from ldm_audio.objectives.latent_diffusion import LatentDiffusionObjective
+from ldm_audio.objectives.vae import VAEObjective
+from ldm_audio.objectives.vocoder import VocoderObjective
+
+RATE = 16000
+SAMPLES = 2560  # 16 mel frames
+CAPTIONS = ("a dog barks", "rain on a roof", "a low hum", "a bell rings twice")
+
+MEL = {
+    "sample_rate": RATE, "n_fft": 512, "hop_length": 160, "win_length": 512, "n_mels": 16,
+    "fmin": 0, "fmax": 8000, "framing": "hifigan",
+}  # fmt: skip
+VAE_RECIPE = {
+    "_target_": "ldm_audio.models.vae.VAE", "in_channels": 1, "channels": 8, "channel_mults": [1, 2],
+    "num_res_blocks": 1, "latent_channels": 4, "norm_groups": 4, "dropout": 0.0,
+}  # fmt: skip
+UNET_RECIPE = {
+    "_target_": "ldm_audio.models.unet.UNet", "in_channels": 4, "out_channels": 4, "channels": 8,
+    "channel_mults": [1, 2], "num_res_blocks": 1, "attention_levels": [False, True], "num_heads": [1, 2],
+    "transformer_depth": 1, "transformers_per_block": 1, "embed_dim": 12, "embed_mode": "concat",
+    "context_dim": None, "norm_groups": 4, "dropout": 0.0,
+}  # fmt: skip
+VOCODER_RECIPE = {
+    "_target_": "ldm_audio.models.hifigan.HiFiGAN", "n_mels": 16, "channels": 8, "upsample_rates": [10, 8, 2],
+    "upsample_kernels": [16, 16, 8], "resblock_kernels": [3], "resblock_dilations": [[1, 3]],
+    "high_resolution": False,
+}  # fmt: skip
+CLAP_RECIPE = {
+    "_target_": "ldm_audio.models.clap.CLAP", "joint_dim": 12,
+    "front_end": {
+        "_target_": "ldm_audio.audio.clap_mel.ClapMel", "sample_rate": RATE, "n_fft": 512, "hop_length": 160,
+        "n_mels": 16, "fmin": 50, "fmax": 8000, "max_samples": 2400, "fusion": False, "filling": "repeatpad",
+    },
+    "audio_tower": {
+        "_target_": "ldm_audio.models.htsat.HTSAT", "n_mels": 16, "spec_size": 32, "patch_size": 4,
+        "patch_stride": 4, "dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4,
+        "mlp_ratio": 2.0, "qkv_bias": True, "dropout": 0.0, "drop_path": 0.0, "fusion": None,
+        "spec_augment": False,
+    },
+    "text_tower": {
+        "_target_": "ldm_audio.models.roberta.Roberta", "vocab_size": 300, "dim": 16, "depth": 1,
+        "num_heads": 2, "ff_dim": 16, "max_positions": 80, "pad_token": 1, "layer_norm_eps": 1e-5,
+        "dropout": 0.0,
+    },
+}  # fmt: skip
+SCHEDULE = {
+    "num_timesteps": 1000, "beta_start": 0.0015, "beta_end": 0.0195, "kind": "scaled_linear",
+    "prediction": "eps",
+}  # fmt: skip
+
+
+def arguments(recipe: dict) -> dict:
+    return {key: value for key, value in recipe.items() if key != "_target_"}
+
+
+def mel() -> LogMel:
+    return LogMel(**MEL)
+
+
+def vae() -> VAE:
+    return with_recipe(VAE(**arguments(VAE_RECIPE)), VAE_RECIPE)
+
+
+def unet() -> UNet:
+    return with_recipe(UNet(**arguments(UNET_RECIPE)), UNET_RECIPE)
+
+
+def vocoder() -> HiFiGAN:
+    return with_recipe(HiFiGAN(**arguments(VOCODER_RECIPE)), VOCODER_RECIPE)
+
+
+def clap() -> CLAP:
+    network = CLAP(
+        front_end=ClapMel(**arguments(CLAP_RECIPE["front_end"])),
+        audio_tower=HTSAT(**arguments(CLAP_RECIPE["audio_tower"])),
+        text_tower=Roberta(**arguments(CLAP_RECIPE["text_tower"])),
+        joint_dim=CLAP_RECIPE["joint_dim"],
+    )
+    return with_recipe(network, CLAP_RECIPE)
+
+
+def with_recipe(network: nn.Module, recipe: dict) -> nn.Module:
+    network.recipe = recipe
+    return network
+
+
+def tokenizer() -> Tokenizer:
+    return train_bpe(CAPTIONS, vocab_size=300, max_length=77)
+
+
+def randomise(network: nn.Module) -> nn.Module:
+    """Every parameter at random, the zero-initialised ones too, at sizes that let each input through."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in network.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim > 1:
+            parameter.data = 1.5 * noise / parameter[0].numel() ** 0.5
+        elif parameter.ndim == 1:
+            parameter.data = 0.2 * noise + float("norm" in name and name.endswith("weight"))
+    return network
+
+
+def patch_discriminator() -> PatchDiscriminator:
+    return PatchDiscriminator(in_channels=1, channels=4, num_layers=1)
+
+
+def wave_discriminator() -> WaveDiscriminator:
+    return WaveDiscriminator(periods=[2, 3], period_channels=[2, 4], scale_channels=[2, 4], num_scales=1)
+
+
+def vae_objective(**changes) -> VAEObjective:
+    settings = {
+        "mel": mel(), "vae": vae(), "discriminator": patch_discriminator(),
+        "perceptual": MultiResolutionMel(scales=[1, 2]), "seed": 0, "segment_samples": SAMPLES,
+        "kl_weight": 10.0, "perceptual_weight": 0.3, "adversarial_weight": 0.5, "adversarial_start": 0,
+    }  # fmt: skip
+    return VAEObjective(**settings | changes)
+
+
+def vocoder_objective(**changes) -> VocoderObjective:
+    settings = {
+        "mel": mel(), "vocoder": vocoder(), "discriminator": wave_discriminator(), "seed": 0,
+        "segment_samples": 1280, "mel_weight": 45.0, "feature_weight": 2.0, "adversarial_start": 0,
+    }  # fmt: skip
+    return VocoderObjective(**settings | changes)
+
+
+def contrastive_objective(**changes) -> ContrastiveObjective:
+    settings = {"clap": clap(), "tokenizer": tokenizer(), "mask_duplicates": True}
+    return ContrastiveObjective(**settings | changes)
+
+
+def diffusion_objective(**changes) -> LatentDiffusionObjective:
+    settings = {
+        "mel": mel(), "unet": unet(), "vae": vae(), "clap": randomise(clap()), "vocoder": vocoder(),
+        "tokenizer": tokenizer(), "schedule": Schedule(**SCHEDULE), "seed": 0, "text_probability": 0.0,
+        "condition_dropout": 0.1, "allow_random_frozen": True,
+    }  # fmt: skip
+    return LatentDiffusionObjective(**settings | changes)
+
+
+OBJECTIVES = {
+    "vae": vae_objective,
+    "vocoder": vocoder_objective,
+    "contrastive": contrastive_objective,
+    "latent_diffusion": diffusion_objective,
+}
+
+
+def objective(name: str, **changes) -> Objective:
+    """A toy objective, the same at every call."""
+    torch.manual_seed(0)
+    return OBJECTIVES[name](**changes)
+
+
+def waveforms(items: Tensor) -> Tensor:
+    """(b, s): two partials a row, different for every item number."""
+    seconds = torch.arange(SAMPLES) / RATE
+    low, high = 200.0 + 130.0 * (items[:, None] % 7), 900.0 + 410.0 * (items[:, None] % 5)
+    return 0.4 * torch.sin(2 * math.pi * low * seconds) + 0.1 * torch.sin(2 * math.pi * high * seconds)
+
+
+def batch(*items: int) -> dict:
+    """The batch of these global item numbers."""
+    numbers = torch.tensor(items)
+    captions = [CAPTIONS[item % len(CAPTIONS)] for item in items]
+    return {"waveform": waveforms(numbers), "caption": captions, "item": numbers, "index": numbers % 4}
+
+
+class Batches:
+    """`batches(step)`: endless batches of `size`, addressed by the step as the real loader's are."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __call__(self, step: int) -> Iterator[dict]:
+        while True:
+            yield batch(*range(step * self.size, (step + 1) * self.size))
+            step += 1
