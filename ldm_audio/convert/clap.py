@@ -18,10 +18,13 @@ from torch import Tensor
 
 from ldm_audio.convert.rules import Rule, cat_rows, drop, prefixed, split_rows
 from ldm_audio.errors import InputError
+from ldm_audio.models.clap import INITIAL_LOGIT_SCALE
 from ldm_audio.models.htsat import relative_position_index
 
 LAION_ANCHOR = "audio_branch.bn0.weight"
 ROBERTA_HEAD_DIM = 64
+HTSAT_TARGET, ROBERTA_TARGET = "ldm_audio.models.htsat.HTSAT", "ldm_audio.models.roberta.Roberta"
+HTSAT_TRAINING = {"dropout": 0.0, "drop_path": 0.1, "spec_augment": True}  # as in the released runs
 LAION_FRONT_END = {
     "sample_rate": 48000,
     "n_fft": 1024,
@@ -184,6 +187,24 @@ def transformers_text_rules() -> list[Rule]:
     ]
 
 
+def transformers_audio_rules() -> list[Rule]:
+    """transformers' `ClapAudioModelWithProjection` to the audio half of a CLAP."""
+    return [
+        *prefixed(transformers_htsat_rules(), source="audio_model.audio_encoder.", target="audio_tower."),
+        Rule("audio_projection.linear1.{k:weight|bias}", "audio_projection.0.{k}"),
+        Rule("audio_projection.linear2.{k:weight|bias}", "audio_projection.2.{k}"),
+    ]
+
+
+def initial_scale_rules() -> list[Rule]:
+    """The two logit scales, which the halves of a CLAP come without, at their initial value."""
+    return [Rule((), f"logit_scale_{tower}", initial_scale) for tower in ("audio", "text")]
+
+
+def initial_scale() -> Tensor:
+    return torch.tensor(INITIAL_LOGIT_SCALE)
+
+
 def laion_prefix(names: Iterable[str]) -> str:
     """What stands before LAION's names: `module.` in its own files, more in a diffusion model's.
 
@@ -202,57 +223,63 @@ def laion_recipe(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     a square image of 256, patches that do not overlap, the front end, heads of 64 in RoBERTa, its padding
     token 1 and its epsilon 1e-5, dropout in training. Raises InputError for other towers.
     """
-
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in shapes:
-            raise InputError(
-                f"no tensor named {name}: expected LAION's CLAP with an HTSAT and a RoBERTa tower"
-            )
-        return shapes[name]
-
-    dim, channels, patch_size, _ = shape("audio_branch.patch_embed.proj.weight")
-    block = "audio_branch.layers.{}.blocks.{}"
-    tables = [
-        shape(f"{block.format(i, 0)}.attn.relative_position_bias_table")
-        for i in range(count(shapes, r"audio_branch\.layers\.(\d+)\..*"))
-    ]
-    depths = [count(shapes, rf"audio_branch\.layers\.{i}\.blocks\.(\d+)\..*") for i in range(len(tables))]
-    fusion = laion_fusion(shapes.keys(), channels)
-    (n_mels,) = shape("audio_branch.bn0.weight")
-    vocab_size, text_dim = shape("text_branch.embeddings.word_embeddings.weight")
-    audio_tower = {
-        "n_mels": n_mels,
-        "spec_size": 256,
-        "patch_size": patch_size,
-        "patch_stride": patch_size,
-        "dim": dim,
-        "depths": depths,
-        "num_heads": [heads for _, heads in tables],
-        "window_size": (math.isqrt(tables[0][0]) + 1) // 2,
-        "mlp_ratio": shape(f"{block.format(0, 0)}.mlp.fc1.weight")[0] / dim,
-        "qkv_bias": f"{block.format(0, 0)}.attn.qkv.bias" in shapes,
-        "fusion": fusion,
-    }
+    audio_tower = laion_audio_tower(shapes, "audio_branch.")
+    fusion = audio_tower["fusion"]
+    text = "text_branch."
+    vocab_size, text_dim = shape_of(shapes, f"{text}embeddings.word_embeddings.weight")
     text_tower = {
         "vocab_size": vocab_size,
         "dim": text_dim,
         "depth": count(shapes, r"text_branch\.encoder\.layer\.(\d+)\..*"),
         "num_heads": text_dim // ROBERTA_HEAD_DIM,
-        "ff_dim": shape("text_branch.encoder.layer.0.intermediate.dense.weight")[0],
-        "max_positions": shape("text_branch.embeddings.position_embeddings.weight")[0],
+        "ff_dim": shape_of(shapes, f"{text}encoder.layer.0.intermediate.dense.weight")[0],
+        "max_positions": shape_of(shapes, f"{text}embeddings.position_embeddings.weight")[0],
         "pad_token": 1,
         "layer_norm_eps": 1e-5,
         "dropout": 0.1,
     }
-    front_end = {**LAION_FRONT_END, "n_mels": n_mels, "fusion": fusion is not None}
-    return recipe(audio_tower, text_tower, front_end, joint_dim=shape("text_projection.0.weight")[0])
+    front_end = {**LAION_FRONT_END, "n_mels": audio_tower["n_mels"], "fusion": fusion is not None}
+    joint_dim = shape_of(shapes, "text_projection.0.weight")[0]
+    return recipe(audio_tower, text_tower, front_end, joint_dim=joint_dim)
 
 
-def laion_fusion(names: Collection[str], channels: int) -> str | None:
+def laion_audio_tower(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, Any]:
+    """The sizes of an HTSAT whose names begin with `prefix`, under LAION's names or those of its ancestor."""
+    dim, channels, patch_size, _ = shape_of(shapes, f"{prefix}patch_embed.proj.weight")
+    layers = re.escape(f"{prefix}layers.")
+    tables = [
+        shape_of(shapes, f"{prefix}layers.{i}.blocks.0.attn.relative_position_bias_table")
+        for i in range(count(shapes, layers + r"(\d+)\..*"))
+    ]
+    first = f"{prefix}layers.0.blocks.0"
+    (n_mels,) = shape_of(shapes, f"{prefix}bn0.weight")
+    return {
+        "n_mels": n_mels,
+        "spec_size": 256,
+        "patch_size": patch_size,
+        "patch_stride": patch_size,
+        "dim": dim,
+        "depths": [count(shapes, rf"{layers}{i}\.blocks\.(\d+)\..*") for i in range(len(tables))],
+        "num_heads": [heads for _, heads in tables],
+        "window_size": (math.isqrt(tables[0][0]) + 1) // 2,
+        "mlp_ratio": shape_of(shapes, f"{first}.mlp.fc1.weight")[0] / dim,
+        "qkv_bias": f"{first}.attn.qkv.bias" in shapes,
+        "fusion": laion_fusion(shapes.keys(), channels, prefix),
+    }
+
+
+def shape_of(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
+    """The shape of `name`; InputError where there is none."""
+    if name not in shapes:
+        raise InputError(f"no tensor named {name}: expected LAION's CLAP with an HTSAT and a RoBERTa tower")
+    return shapes[name]
+
+
+def laion_fusion(names: Collection[str], channels: int, prefix: str) -> str | None:
     """The fusion type from the names of LAION's tensors and the input channels of its patches."""
     if channels == 4:
         return "channel_map"
-    patch_embed = "audio_branch.patch_embed"
+    patch_embed = f"{prefix}patch_embed"
     if f"{patch_embed}.fusion_model.local_att2.0.weight" in names:
         return "iaff_2d"
     if f"{patch_embed}.fusion_model.local_att.0.weight" in names:
@@ -325,17 +352,7 @@ def transformers_recipe(config: Mapping[str, Any], preprocessor: Mapping[str, An
         # transformers builds the one fusion whatever `fusion_type` says.
         "fusion": "aff_2d" if audio["enable_fusion"] else None,
     }
-    text_tower = {
-        "vocab_size": text["vocab_size"],
-        "dim": text["hidden_size"],
-        "depth": text["num_hidden_layers"],
-        "num_heads": text["num_attention_heads"],
-        "ff_dim": text["intermediate_size"],
-        "max_positions": text["max_position_embeddings"],
-        "pad_token": text["pad_token_id"],
-        "layer_norm_eps": text["layer_norm_eps"],
-        "dropout": text["hidden_dropout_prob"],
-    }
+    text_tower = roberta_tower(text)
     sample_rate = preprocessor.get("sampling_rate", 48000)
     front_end = {
         "sample_rate": sample_rate,
@@ -351,17 +368,31 @@ def transformers_recipe(config: Mapping[str, Any], preprocessor: Mapping[str, An
     return recipe(audio_tower, text_tower, front_end, joint_dim=config.get("projection_dim", 512))
 
 
+def roberta_tower(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes of a RoBERTa from its settings in a transformers config, defaults filled in."""
+    return {
+        "vocab_size": config["vocab_size"],
+        "dim": config["hidden_size"],
+        "depth": config["num_hidden_layers"],
+        "num_heads": config["num_attention_heads"],
+        "ff_dim": config["intermediate_size"],
+        "max_positions": config["max_position_embeddings"],
+        "pad_token": config["pad_token_id"],
+        "layer_norm_eps": config["layer_norm_eps"],
+        "dropout": config["hidden_dropout_prob"],
+    }
+
+
 def recipe(
     audio_tower: dict[str, Any], text_tower: dict[str, Any], front_end: dict[str, Any], *, joint_dim: int
 ) -> dict[str, Any]:
     """A CLAP's config; the audio tower's behaviour in training is that of the released runs."""
-    training = {"dropout": 0.0, "drop_path": 0.1, "spec_augment": True}
     return {
         "_target_": "ldm_audio.models.clap.CLAP",
         "joint_dim": joint_dim,
         "front_end": {"_target_": "ldm_audio.audio.clap_mel.ClapMel", **front_end},
-        "audio_tower": {"_target_": "ldm_audio.models.htsat.HTSAT", **audio_tower, **training},
-        "text_tower": {"_target_": "ldm_audio.models.roberta.Roberta", **text_tower},
+        "audio_tower": {"_target_": HTSAT_TARGET, **audio_tower, **HTSAT_TRAINING},
+        "text_tower": {"_target_": ROBERTA_TARGET, **text_tower},
     }
 
 

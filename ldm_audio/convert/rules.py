@@ -161,7 +161,7 @@ def iter_rules(
                 sources = " + ".join(match.sources) or "a constant"
                 misshapen.append(f"{name} {list(tensor.shape)} from {sources}, expected {list(shapes[name])}")
     if misshapen:
-        raise InputError(f"{origin}: wrong shape: {_few(misshapen)}")
+        raise InputError(f"{origin}: wrong shape: {few(misshapen)}")
 
 
 @dataclass(frozen=True)
@@ -211,14 +211,14 @@ def plan(
     doubled = [
         f"{target} from {' and from '.join(given)}" for target, given in origins.items() if len(given) > 1
     ]
-    problems += [f"no rule takes {_few(free, lambda name: _with_partners(rules, name))}"] if free else []
-    problems += [f"nothing matches the rule {_few(idle)}"] if idle else []
-    problems += [f"more than one tensor for {_few(doubled)}"] if doubled else []
+    problems += [f"no rule takes {few(free, lambda name: _with_partners(rules, name))}"] if free else []
+    problems += [f"nothing matches the rule {few(idle)}"] if idle else []
+    problems += [f"more than one tensor for {few(doubled)}"] if doubled else []
     if shapes is not None:
         unknown = [target for target in origins if target not in shapes]
         missing = [target for target in shapes if target not in origins]
-        problems += [f"the network has no {_few(unknown)}"] if unknown else []
-        problems += [f"nothing fills {_few(missing)}"] if missing else []
+        problems += [f"the network has no {few(unknown)}"] if unknown else []
+        problems += [f"nothing fills {few(missing)}"] if missing else []
     if problems:
         raise InputError(f"{origin}: " + "; ".join(problems))
     return matches
@@ -271,7 +271,7 @@ def _fill(template: str, values: Mapping[str, str]) -> str:
     return PLACEHOLDER.sub(lambda placeholder: values[placeholder[1]], template)
 
 
-def _few(items: Iterable[str], describe: Callable[[str], str] = str) -> str:
+def few(items: Iterable[str], describe: Callable[[str], str] = str) -> str:
     """The first five items and how many more there are."""
     items = list(items)
     more = f" and {len(items) - 5} more" if len(items) > 5 else ""

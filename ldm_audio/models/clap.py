@@ -35,24 +35,32 @@ class CLAP(nn.Module):
     """Two towers and the two learned scales of the contrastive loss, kept as logarithms.
 
     A published AudioLDM folder holds the text half alone: its CLAP has `audio_tower` None and refuses audio.
+    An audio half alone has `text_tower` None and refuses text.
     """
 
-    def __init__(self, *, front_end: ClapMel, audio_tower: HTSAT | None, text_tower: Roberta, joint_dim: int):
+    def __init__(
+        self,
+        *,
+        front_end: ClapMel,
+        audio_tower: HTSAT | None,
+        text_tower: Roberta | None,
+        joint_dim: int,
+    ):
         super().__init__()
         self.front_end = front_end
         self.joint_dim = joint_dim
         self.audio_tower = audio_tower
         self.audio_projection = None if audio_tower is None else projection(audio_tower.out_dim, joint_dim)
         self.text_tower = text_tower
-        self.text_projection = projection(text_tower.out_dim, joint_dim)
+        self.text_projection = None if text_tower is None else projection(text_tower.out_dim, joint_dim)
         self.logit_scale_audio = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
         self.logit_scale_text = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Trade time for memory: recompute each block of the towers in the backward pass."""
-        if self.audio_tower is not None:
-            self.audio_tower.set_activation_checkpointing(enabled)
-        self.text_tower.set_activation_checkpointing(enabled)
+        for tower in (self.audio_tower, self.text_tower):
+            if tower is not None:
+                tower.set_activation_checkpointing(enabled)
 
     def embed_audio(self, waveform: Tensor) -> Tensor:
         """(b, s) waveform at `front_end.sample_rate` -> (b, joint_dim) of length 1.
@@ -69,7 +77,12 @@ class CLAP(nn.Module):
         return unit(self.audio_projection(self.audio_tower(mel, is_longer)))
 
     def embed_text(self, text_tokens: Tensor, text_mask: Tensor) -> Tensor:
-        """(b, l) int64 tokens, (b, l) bool True = real token -> (b, joint_dim) of length 1."""
+        """(b, l) int64 tokens, (b, l) bool True = real token -> (b, joint_dim) of length 1.
+
+        Raises InputError where there is no text tower.
+        """
+        if self.text_tower is None or self.text_projection is None:
+            raise InputError("this CLAP has no text tower: it embeds audio only")
         _, pooled = self.text_tower(text_tokens, text_mask)
         return unit(self.text_projection(pooled))
 
