@@ -19,7 +19,7 @@ class ContrastiveObjective(Objective):
 
     def __init__(self, *, clap: nn.Module, tokenizer: Callable, mask_duplicates: bool):
         super().__init__()
-        self.clap = clap
+        self.clap = clap.requires_grad_(True)  # one from a weights file is frozen
         self.clap.logit_scale_text.requires_grad_(False)
         self.tokenizer = tokenizer
         self.mask_duplicates = mask_duplicates

@@ -52,7 +52,7 @@ class LatentDiffusionObjective(Objective):
     ):
         super().__init__()
         self.mel = mel
-        self.unet = unet
+        self.unet = unet.requires_grad_(True)  # one from a weights file is frozen
         self.vae = vae
         self.clap = clap
         self.vocoder = vocoder

@@ -39,7 +39,7 @@ class VAEObjective(Objective):
     ):
         super().__init__()
         self.mel = mel
-        self.vae = vae
+        self.vae = vae.requires_grad_(True)  # one from a weights file is frozen
         self.discriminator = discriminator
         self.perceptual = perceptual.requires_grad_(False)
         self.frozen = ("perceptual",)

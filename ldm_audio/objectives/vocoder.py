@@ -33,7 +33,7 @@ class VocoderObjective(Objective):
     ):
         super().__init__()
         self.mel = mel
-        self.vocoder = vocoder
+        self.vocoder = vocoder.requires_grad_(True)  # one from a weights file is frozen
         # In a tuple, so that it is no sub-module; a copy of a weight-normed network could not be folded,
         # for copies share the class that holds the norm.
         self.folded = (copy.deepcopy(vocoder),)
