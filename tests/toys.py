@@ -157,7 +157,8 @@ def contrastive_objective(**changes) -> ContrastiveObjective:
 
 def diffusion_objective(**changes) -> LatentDiffusionObjective:
     settings = {
-        "mel": mel(), "unet": unet(), "vae": vae(), "clap": randomise(clap()), "vocoder": vocoder(),
+        "mel": mel(), "unet": unet(), "vae": randomise(vae()), "clap": randomise(clap()),
+        "vocoder": randomise(vocoder()),
         "tokenizer": tokenizer(), "schedule": Schedule(**SCHEDULE), "seed": 0, "text_probability": 0.0,
         "condition_dropout": 0.1, "allow_random_frozen": True,
     }  # fmt: skip

@@ -4,6 +4,7 @@ A logger answers `log(step, metrics)`, `preview(step, previews)` and `close()`.
 """
 
 import json
+import math
 import os
 import re
 import time
@@ -50,12 +51,13 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def round_to(value: float, digits: int = 7) -> float:
-    return float(f"{value:.{digits}g}")
+def round_to(value: float, digits: int = 7) -> float | None:
+    """The value with so many digits; None for what JSON has no number for."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
 class PreviewFiles:
-    """Pictures and wav files of the latest preview in one folder."""
+    """A picture and wav files of every preview in one folder, named by its step."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -148,6 +150,6 @@ def mel_figure(mels: list[Tensor], titles: list[str]):
     figure = Figure(figsize=(6, 1.5 * len(mels)), layout="constrained")
     for axes, mel, title in zip(figure.subplots(len(mels), 1, squeeze=False)[:, 0], mels, titles):
         axes.imshow(mel.numpy(), origin="lower", aspect="auto", cmap="magma", vmin=low, vmax=high)
-        axes.set_title(title, fontsize=8)
+        axes.set_title(title, fontsize=8, parse_math=False)
         axes.set_axis_off()
     return figure

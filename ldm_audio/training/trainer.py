@@ -77,7 +77,7 @@ class Trainer:
         self.prepare_batches = prepare_batches
         self.max_bad_steps = max_bad_steps
         self.bar_position = bar_position
-        self.stop_requested = False
+        self.stop_signal: int | None = None
 
     def fit(
         self, objective: Objective, train_batches: Callable[[int], Iterable], val_batches: Iterable
@@ -85,7 +85,7 @@ class Trainer:
         """Trains from the last checkpoint, or from nothing, and returns the best monitored value.
 
         train_batches(step) yields the batches from that step on; with accumulation, `accumulate` of them
-        make one step.
+        make one step. Raises SystemExit(128 + its number) after a signal that stopped the run, and Diverged.
         """
         self._set_up(objective)
         if self.step >= self.max_steps:
@@ -103,6 +103,8 @@ class Trainer:
             self.bar.close()
             for logger in self.loggers:
                 logger.close()
+        if self.stop_signal is not None and self.step < self.max_steps:
+            raise SystemExit(128 + self.stop_signal)
         return self.best
 
     def _set_up(self, objective: Objective) -> None:
@@ -129,7 +131,6 @@ class Trainer:
         return self.folder / "checkpoints" / "last.pt"
 
     def _run(self, train_batches: Callable[[int], Iterable], val_batches: Iterable) -> None:
-        batches = self._moved(train_batches(self.step * self.accumulate))
         self.bar = tqdm(
             total=self.max_steps,
             initial=self.step,
@@ -139,8 +140,9 @@ class Trainer:
             mininterval=0.5 if sys.stderr.isatty() else 20.0,  # a log file wants few lines
             smoothing=0.05,
         )
+        batches = self._moved(train_batches(self.step * self.accumulate))
         since, waited = time.perf_counter(), 0.0
-        while self.step < self.max_steps and not self.stop_requested:
+        while self.step < self.max_steps and self.stop_signal is None:
             before = time.perf_counter()
             micro_batches = list(islice(batches, self.accumulate))
             waited += time.perf_counter() - before
@@ -155,14 +157,17 @@ class Trainer:
                 }
                 self._log(logs)
                 since, waited = time.perf_counter(), 0.0
-            done = self.step == self.max_steps or self.stop_requested
-            if done or self.step % self.validate_every == 0:
+            if self.step % self.validate_every == 0 or self.step == self.max_steps:
                 self._validate(val_batches)
                 since = time.perf_counter()
-            if done or self.step % self.save_every == 0:
+            if self.step % self.save_every == 0:
                 self._save()
-        if self.stop_requested:
-            tqdm.write(f"{self.folder}: stopped and saved at step {self.step}; the same command continues")
+        if self.step % self.save_every:
+            self._save()
+        if self.step < self.max_steps:
+            tqdm.write(f"{self.folder}: stopped at step {self.step}; the same command continues")
+        elif self.bad_steps:
+            raise Diverged(f"the last {self.bad_steps} steps were bad; last checkpoint: {self.last}")
 
     def _train_step(self, micro_batches: list[dict]) -> Logs:
         """One optimiser step of every player that the objective names; scalars to log."""
@@ -182,7 +187,12 @@ class Trainer:
                 for key, value in logs.items():
                     sums[f"train/{key}"] = sums.get(f"train/{key}", 0.0) + value.detach() / len(micro_batches)
                 if place == len(micro_batches):
-                    sums[f"grad_norm/{player}"] = self._step_player(player)
+                    norm = self._clip(player)
+                    if not torch.isfinite(norm):
+                        return self._skip_step(player, {"gradient": norm})
+                    self.optimizers[player].step()
+                    self.optimizers[player].zero_grad(set_to_none=True)
+                    sums[f"grad_norm/{player}"] = norm
         self.bad_steps = 0
         ema_decay = self.ema.update()
         return sums | {"lr_factor": factor, "ema_decay": ema_decay}
@@ -191,19 +201,16 @@ class Trainer:
         with self._autocast():
             return next(turns, None)
 
-    def _step_player(self, player: str) -> Tensor:
-        parameters = self.players[player]
+    def _clip(self, player: str) -> Tensor:
+        """Scales the player's gradients to at most `clip_norm`; their norm before that."""
         limit = self.clip_norm if self.clip_norm is not None else math.inf
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        self.optimizers[player].step()
-        self.optimizers[player].zero_grad(set_to_none=True)
-        return norm
+        return torch.nn.utils.clip_grad_norm_(self.players[player], limit)
 
-    def _skip_step(self, player: str, logs: Logs) -> Logs:
-        """A loss that is not finite: nothing is stepped, the bad terms are named, and it is counted."""
+    def _skip_step(self, player: str, terms: Logs) -> Logs:
+        """Names the terms that are not finite and counts them; this player and those after it do not move."""
         self.bad_steps += 1
-        bad = [name for name, value in logs.items() if not torch.isfinite(value)] or ["the sum"]
-        message = f"step {self.step}: {player}'s loss is not finite ({', '.join(bad)})"
+        bad = [name for name, value in terms.items() if not torch.isfinite(value)] or ["loss"]
+        message = f"step {self.step}: {player}: {', '.join(bad)} not finite"
         if self.bad_steps >= self.max_bad_steps:
             raise Diverged(f"{message}, {self.bad_steps} steps in a row; last checkpoint: {self.last}")
         tqdm.write(f"{message}; step skipped")
@@ -251,7 +258,13 @@ class Trainer:
             self._write_weights("best")
 
     def _save(self) -> None:
-        """Weights files first, then the state: killed in between, a run repeats steps and loses nothing."""
+        """Weights files first, then the state: killed in between, a run repeats steps and loses nothing.
+
+        In a row of bad steps nothing is written, for the state may be what makes them bad.
+        """
+        if self.bad_steps:
+            tqdm.write(f"{self.folder}: not saved at step {self.step}, which was bad")
+            return
         self._write_weights("weights")
         state = {
             "step": self.step,
@@ -289,9 +302,9 @@ class Trainer:
         """Ctrl-C and SIGTERM stop the loop after the step in hand; a second one interrupts at once."""
 
         def ask(number, frame):
-            if self.stop_requested:
+            if self.stop_signal is not None:
                 raise KeyboardInterrupt
-            self.stop_requested = True
+            self.stop_signal = number
 
         previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -10,7 +10,9 @@ from ldm_audio.training.ema import EMA
 
 def test_decay_warms_up_as_one_plus_n_over_ten_plus_n_and_stops_at_the_limit():
     ema = EMA({"net": nn.Linear(2, 2)}, decay=0.5)
-    assert [round(ema.update(), 6) for _ in range(4)] == pytest.approx([2 / 11, 3 / 12, 4 / 13, 5 / 14], abs=1e-6)
+    assert [round(ema.update(), 6) for _ in range(4)] == pytest.approx(
+        [2 / 11, 3 / 12, 4 / 13, 5 / 14], abs=1e-6
+    )
     for _ in range(20):
         last = ema.update()
     assert last == 0.5
