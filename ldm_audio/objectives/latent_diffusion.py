@@ -105,7 +105,7 @@ class LatentDiffusionObjective(Objective):
         timestep = rows.randint(self.schedule.num_timesteps).to(z0.device)
         embed = self.condition(batch, rows)
         prediction = self.unet(self.schedule.add_noise(z0, noise, timestep), timestep, embed)
-        return F.mse_loss(prediction.float(), self.schedule.target(z0, noise, timestep))
+        return F.mse_loss(prediction.to(z0.dtype), self.schedule.target(z0, noise, timestep))
 
     @torch.no_grad()
     def posterior(self, batch: dict) -> tuple[Tensor, Tensor]:
