@@ -16,7 +16,14 @@ def main(cfg: DictConfig) -> None:
     config.require(cfg)
     prompts = config.read_prompts(cfg)
     folder = config.open_samples(cfg)
-    system = load_system(cfg.weights, vocoder=cfg.vocoder, device=cfg.device)
+    system = load_system(
+        cfg.weights,
+        vocoder=cfg.vocoder,
+        tokenizer=cfg.tokenizer,
+        ema=cfg.ema,
+        heads=cfg.heads,
+        device=cfg.device,
+    )
     generated = system(
         prompts,
         negative_prompts=cfg.negative_prompt and [cfg.negative_prompt] * len(prompts),

@@ -1,8 +1,8 @@
 """Train, sample, evaluate and load CLAP, AudioLDM, MusicLDM and CLVP."""
 
 
-def load(path: str, *, device: str = "cpu"):
-    """A pipeline for a system's folder, a frozen network in eval mode for a weights file (see `pretrained`)."""
+def load(path, *, device="cpu", tokenizer=None, ema=True, heads="config"):
+    """A pipeline for a system, a network for a weights file, our own or published (see `pretrained.load`)."""
     from ldm_audio import pretrained
 
-    return pretrained.load(path, device=device)
+    return pretrained.load(path, device=device, tokenizer=tokenizer, ema=ema, heads=heads)

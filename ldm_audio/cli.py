@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from ldm_audio.config import one_line_errors
+from ldm_audio.errors import InputError
 
 
 @one_line_errors
@@ -26,6 +27,22 @@ def main() -> None:
     enc = commands.add_parser("encode", help="write VAE latents and CLAP embeddings of a data set once")
     enc.add_argument("overrides", nargs="*", help="key=value: data=, vae.path=, clap.path=, out=")
 
+    convert = commands.add_parser("convert", help="write published weights as ours")
+    convert.add_argument("source", help="folder, file or hf://owner/name[@revision][/file]")
+    convert.add_argument("out", help="folder, or FILE.safetensors for one network")
+    convert.add_argument(
+        "options", nargs="*", help="tokenizer=PATH, heads=config|original, licence=TEXT; raw instead of ema"
+    )
+
+    look = commands.add_parser("inspect", help="what is in a file or folder, and how it would be taken")
+    look.add_argument("source")
+    look.add_argument("options", nargs="*", help="heads=original, raw instead of ema, rules for every rule")
+
+    export = commands.add_parser("export", help="write ours as a folder of diffusers or transformers")
+    export.add_argument("source", help="a system's folder, or one network's file")
+    export.add_argument("out", help="a new folder")
+    export.add_argument("--to", choices=("diffusers", "transformers"), required=True)
+
     args = parser.parse_args()
     if args.command == "quickstart":
         from ldm_audio.quickstart import quickstart
@@ -35,6 +52,40 @@ def main() -> None:
         from ldm_audio.config import encode_data
 
         encode_data(args.overrides)
+    if args.command in ("convert", "inspect", "export"):
+        weights(args)
+
+
+def weights(args: argparse.Namespace) -> None:
+    """The commands about weights files."""
+    from ldm_audio import pretrained
+
+    if args.command == "export":
+        pretrained.export(args.source, args.out, to=args.to)
+    if args.command == "inspect":
+        options = read_options(args.options, keys=("heads",), words=("ema", "raw", "rules"))
+        print(*pretrained.inspect(args.source, **options), sep="\n")
+    if args.command == "convert":
+        options = read_options(args.options, keys=("tokenizer", "heads", "licence"), words=("ema", "raw"))
+        source = pretrained.convert(args.source, args.out, **options)
+        print(f"{args.source}: {source.kind}", *source.notes, sep="\n  ")
+        print(f"written to {args.out}")
+
+
+def read_options(given: list[str], *, keys: tuple[str, ...], words: tuple[str, ...]) -> dict[str, str | bool]:
+    """`key=value` pairs and bare words as keyword arguments; InputError for one that is not known."""
+    options: dict[str, str | bool] = {}
+    for option in given:
+        key, equals, value = option.partition("=")
+        if key not in (keys if equals else words):
+            known = [*(f"{key}=" for key in keys), *words]
+            raise InputError(f"{option}: not an option, expected {', '.join(known)}")
+        options[key] = value if equals else True
+    if options.pop("raw", False):
+        if options.pop("ema", False):
+            raise InputError("either ema or raw, not both")
+        options["ema"] = False
+    return options
 
 
 if __name__ == "__main__":

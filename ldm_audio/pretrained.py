@@ -1,23 +1,35 @@
-"""Weights files that rebuild their network, and folders that rebuild a whole system.
+"""Weights files that rebuild their network, folders that rebuild a whole system, and everyone else's weights.
 
 A network file is safetensors whose header says how to build it: `recipe` (a `_target_` config), `provenance`
 and `licence`, as JSON. A system is a folder: `system.json`, one network file a part, `tokenizer.json`.
+Published weights (see `convert.sources`) load through the same functions, and `convert` writes them as ours.
 """
 
 import json
+import warnings
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
-from safetensors import SafetensorError, safe_open
+from hydra.errors import InstantiationException
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ldm_audio.audio.mel import LogMel
-from ldm_audio.data.tokenizers import load_tokenizer
+from ldm_audio.convert import exports
+from ldm_audio.convert.describe import describe_names, describe_own, describe_source
+from ldm_audio.convert.parts import Part, Source
+from ldm_audio.convert.rules import Rule
+from ldm_audio.convert.sources import local, open_source
+from ldm_audio.convert.stored import open_file, open_safetensors, read_json, write_safetensors
+from ldm_audio.data.tokenizers import Tokenizer, load_tokenizer
 from ldm_audio.diffusion.schedule import Schedule
 from ldm_audio.errors import InputError
 from ldm_audio.files import replacing, write_json
+from ldm_audio.models.clap import CLAP
 from ldm_audio.objectives.base import Objective
 from ldm_audio.pipelines.text_to_audio import TextToAudio
 
@@ -25,11 +37,138 @@ FORMAT = "ldm_audio.network/1"
 SYSTEM_FORMAT = "ldm_audio.system/1"
 ALLOWED_TARGETS = ("ldm_audio.models.", "ldm_audio.audio.", "ldm_audio.diffusion.")
 PARTS = ("unet", "vae", "vocoder", "clap")
+PART_OF = {
+    "ldm_audio.models.unet.UNet": "unet",
+    "ldm_audio.models.vae.VAE": "vae",
+    "ldm_audio.models.hifigan.HiFiGAN": "vocoder",
+    "ldm_audio.models.clap.CLAP": "clap",
+    "ldm_audio.models.htsat.HTSAT": "clap.audio_tower",
+    "ldm_audio.models.roberta.Roberta": "clap.text_tower",
+}
+CAPTIONS = ("a dog barks", "a slow piano melody", "heavy rain on a tin roof", "a crowd cheers and claps")
+COLLAPSED = 0.99  # cosine of the two least alike of these captions
 
 
-def load(path: str, *, device: str = "cpu") -> nn.Module | TextToAudio:
-    """A pipeline for a system's folder, a frozen network in eval mode for a weights file."""
-    return load_system(path, device=device) if Path(path).is_dir() else load_network(path).to(device)
+def load(
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    tokenizer: str | None = None,
+    ema: bool = True,
+    heads: str = "config",
+) -> nn.Module | TextToAudio:
+    """A pipeline for a system, a frozen network in eval mode for one network, our own or published.
+
+    path: a file or folder, or `hf://owner/name[@revision][/file]`.
+    tokenizer: file or folder with the vocabulary, which original checkpoints do not hold.
+    ema, heads: see `convert.sources.open_source`.
+    """
+    path = local(path)
+    source = None if is_own(path) else open_source(path, ema=ema, heads=heads)
+    if path.is_dir() if source is None else source.system is not None:
+        return load_system(path, tokenizer=tokenizer, ema=ema, heads=heads, device=device)
+    return load_network(path, ema=ema, heads=heads).to(device)
+
+
+def is_own(path: Path) -> bool:
+    """Whether `path` is a system's folder or a network file that this package wrote."""
+    if path.is_dir():
+        return (path / "system.json").is_file()
+    return path.suffix == ".safetensors" and open_safetensors(path)[0].get("format") == FORMAT
+
+
+def load_network(
+    path: str | Path, *, part: str | None = None, ema: bool = True, heads: str = "config"
+) -> nn.Module:
+    """One network, loaded strictly, frozen, in eval mode; it carries `recipe` and `provenance`.
+
+    part: `unet`, `vae`, `vocoder` or `clap`, where a folder or a checkpoint holds several.
+
+    InputError for what is not known, does not hold that part, or names something outside this package's
+    networks, and for tensors that do not fit.
+    """
+    path = local(path)
+    if is_own(path):
+        network = own_network(path / f"{part}.safetensors" if path.is_dir() else path)
+        held = PART_OF.get(network.recipe.get("_target_"))
+        if part and held not in (part, None):
+            raise InputError(f"{path}: holds a {held}, expected a {part}")
+        return network
+    source = open_source(path, ema=ema, heads=heads)
+    tell(source)
+    name = part or next(iter(source.parts))
+    if name not in source.parts or (part is None and len(source.parts) > 1):
+        raise InputError(f"{path}: holds {', '.join(source.parts)}, expected {part or 'one network alone'}")
+    network = build_part(source.parts[name])
+    network.provenance = provenance_of(source, path)
+    if isinstance(network, CLAP) and network.text_tower is not None:
+        warn_if_collapsed(network, source.tokenizer and load_tokenizer(source.tokenizer), path)
+    return network
+
+
+def own_network(path: Path) -> nn.Module:
+    """The network of a file that this package wrote."""
+    header, tensors = open_safetensors(path)
+    if header.get("format") != FORMAT:
+        raise InputError(f"{path}: its header has no format {FORMAT}; it was not written by ldm_audio")
+    recipe = json.loads(header["recipe"])
+    network = build_part(Part(recipe, [Rule("{name:*}", "{name}")], tensors, str(path)))
+    network.provenance = json.loads(header["provenance"])
+    return network
+
+
+def build_part(part: Part) -> nn.Module:
+    """The network of a part with its weights, frozen, in eval mode."""
+    network = build(part.recipe, source=part.origin)
+    network.load_state_dict(dict(part.convert(network.state_dict())), assign=True)
+    return network.requires_grad_(False).eval()
+
+
+def state_of(part: Part) -> dict[str, Tensor]:
+    """The state that a part's network has, on the meta device."""
+    return build(part.recipe, source=part.origin).state_dict()
+
+
+def build(recipe: dict, *, source: str) -> nn.Module:
+    """Instantiates a recipe on the meta device after checking every `_target_` in it."""
+    check_targets(recipe, source)
+    try:
+        with torch.device("meta"):
+            network = hydra.utils.instantiate(recipe, _convert_="all")
+    except (InstantiationException, RuntimeError, ValueError, TypeError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise InputError(f"{source}: its config makes no network ({reason})") from error
+    network.recipe = recipe
+    return network
+
+
+def check_targets(node: object, source: str) -> None:
+    """InputError for what is not a class of `ALLOWED_TARGETS`: a file must not choose what code runs."""
+    if isinstance(node, list):
+        for child in node:
+            check_targets(child, source)
+    if isinstance(node, dict):
+        if "_target_" in node and not is_own_class(str(node["_target_"])):
+            target = node["_target_"]
+            raise InputError(
+                f"{source}: its recipe names {target}, which is not one of this package's networks"
+            )
+        for child in node.values():
+            check_targets(child, source)
+    if isinstance(node, str) and "${" in node:
+        raise InputError(f"{source}: its recipe holds {node}, expected plain values")
+
+
+def is_own_class(target: str) -> bool:
+    """Whether a class of that name is defined in one of our modules (and not imported there, like `os`)."""
+    module, _, name = target.rpartition(".")
+    if not module.startswith(ALLOWED_TARGETS):
+        return False
+    try:
+        found = getattr(import_module(module), name, None)
+    except ImportError:
+        return False
+    return isinstance(found, type) and found.__module__ == module
 
 
 def save_network(
@@ -37,73 +176,18 @@ def save_network(
 ) -> None:
     """Writes `network` with the `recipe` that rebuilds it to `path`, atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    header = {
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=header_of(recipe, provenance, licence))
+
+
+def header_of(recipe: dict, provenance: dict, licence: str) -> dict[str, str]:
+    """A network file's header."""
+    return {
         "format": FORMAT,
         "recipe": json.dumps(recipe),
         "provenance": json.dumps(provenance),
         "licence": licence,
     }
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
-
-
-def load_network(path: str) -> nn.Module:
-    """The network of a weights file: built from its recipe, loaded strictly, frozen, in eval mode.
-
-    It carries `recipe` and `provenance`. InputError for a file of another kind, a recipe that names something
-    outside this package's networks, or tensors that do not fit.
-    """
-    path = Path(path)
-    header, tensors = read_file(path)
-    recipe = json.loads(header["recipe"])
-    network = build(recipe, source=str(path))
-    expected = network.state_dict()
-    odd = sorted(expected.keys() ^ tensors.keys())
-    odd += [k for k in expected.keys() & tensors.keys() if expected[k].shape != tensors[k].shape]
-    if odd:
-        raise InputError(f"{path}: {len(odd)} tensors are missing, extra or of another shape, first {odd[0]}")
-    network.load_state_dict(tensors, assign=True)
-    network.provenance = json.loads(header["provenance"])
-    return network.requires_grad_(False).eval()
-
-
-def build(recipe: dict, *, source: str) -> nn.Module:
-    """Instantiates a recipe on the meta device after checking every `_target_` in it."""
-    check_targets(recipe, source)
-    with torch.device("meta"):
-        network = hydra.utils.instantiate(recipe, _convert_="all")
-    network.recipe = recipe
-    return network
-
-
-def check_targets(node: object, source: str) -> None:
-    """InputError for a `_target_` outside `ALLOWED_TARGETS`: a file must not choose what code runs."""
-    if isinstance(node, list):
-        for child in node:
-            check_targets(child, source)
-    if isinstance(node, dict):
-        target = node.get("_target_", ALLOWED_TARGETS[0])
-        if not str(target).startswith(ALLOWED_TARGETS):
-            raise InputError(
-                f"{source}: its recipe names {target}, which is not one of this package's networks"
-            )
-        for child in node.values():
-            check_targets(child, source)
-
-
-def read_file(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Header and tensors of a network file; InputError if it is missing, damaged or not ours."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such weights file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
-    if header.get("format") != FORMAT:
-        raise InputError(f"{path}: its header has no format {FORMAT}; it was not written by ldm_audio")
-    return header, tensors
 
 
 def save_weights(objective: Objective, folder: Path, *, system: dict | None, provenance: dict) -> None:
@@ -124,29 +208,202 @@ def save_weights(objective: Objective, folder: Path, *, system: dict | None, pro
         part, path = getattr(objective, name), folder / f"{name}.safetensors"
         if part is not None and not path.exists():
             save_network(part, path, recipe=part.recipe, provenance=part.provenance)
-    scale = {"latent_scale": float(objective.latent_scale)}
-    write_json(
-        folder / "system.json", {"format": SYSTEM_FORMAT, "pipeline": "text_to_audio"} | system | scale
-    )
+    write_system(folder, system | {"latent_scale": float(objective.latent_scale)})
 
 
-def load_system(folder: str, *, vocoder: str | None = None, device: str = "cpu") -> TextToAudio:
-    """The pipeline of a system's folder, with the vocoder of another file where one is named."""
-    folder = Path(folder)
-    if not (folder / "system.json").is_file():
+def write_system(folder: Path, system: dict) -> None:
+    """`system.json`."""
+    write_json(folder / "system.json", {"format": SYSTEM_FORMAT, "pipeline": "text_to_audio"} | system)
+
+
+def read_system(folder: Path) -> dict[str, Any]:
+    """`system.json`; InputError where it is another's or lacks something."""
+    path = folder / "system.json"
+    if not path.is_file():
         raise InputError(f"{folder}: holds no system.json, so it is not a system")
-    system = json.loads((folder / "system.json").read_text())
+    system = read_json(path)
     if system.get("format") != SYSTEM_FORMAT:
-        raise InputError(f"{folder / 'system.json'}: format {system.get('format')}, expected {SYSTEM_FORMAT}")
-    files = {name: folder / f"{name}.safetensors" for name in PARTS}
+        raise InputError(f"{path}: format {system.get('format')}, expected {SYSTEM_FORMAT}")
+    if missing := [key for key in ("mel", "schedule", "latent_scale") if key not in system]:
+        raise InputError(f"{path}: lacks {', '.join(missing)}")
+    return system
+
+
+def load_system(
+    folder: str | Path,
+    *,
+    vocoder: str | None = None,
+    tokenizer: str | None = None,
+    ema: bool = True,
+    heads: str = "config",
+    device: str = "cpu",
+) -> TextToAudio:
+    """The pipeline of a system, our own or published, with the vocoder of another file where one is named."""
+    path = local(folder)
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        system = read_system(path)
+        words = load_tokenizer(local(tokenizer, settings_only=True) if tokenizer else path / "tokenizer.json")
+        names = [name for name in PARTS if name != "vocoder" or vocoder is None]
+        parts = {name: own_network(path / f"{name}.safetensors") for name in names}
+    else:
+        source = open_source(path, ema=ema, heads=heads)
+        if source.system is None:
+            raise InputError(f"{path}: a {source.kind}, which is no text-to-audio system")
+        tell(source)
+        system, words = source.system, find_tokenizer(source, path, tokenizer)
+        parts = {name: build_part(part) for name, part in source.parts.items()}
     if vocoder is not None:
-        files["vocoder"] = Path(vocoder)
-    parts = {name: load_network(file) for name, file in files.items()}
+        parts["vocoder"] = load_network(vocoder, part="vocoder")
+    warn_if_collapsed(parts["clap"], words, path)
     pipeline = TextToAudio(
         **parts,
-        tokenizer=load_tokenizer(folder / "tokenizer.json"),
+        tokenizer=words,
         schedule=Schedule(**system["schedule"]),
         mel=LogMel(**system["mel"]),
         latent_scale=system["latent_scale"],
     )
     return pipeline.to(device)
+
+
+def find_tokenizer(source: Source, path: Path, given: str | None) -> Tokenizer:
+    """The tokenizer given, else the source's own; InputError where there is none or it does not fit."""
+    place = local(given, settings_only=True) if given else source.tokenizer
+    if place is None:
+        raise InputError(
+            f"{path}: holds no vocabulary; give tokenizer=FOLDER with RoBERTa's (tokenizer.json, or "
+            "vocab.json and merges.txt) or tokenizer=hf://FacebookAI/roberta-base"
+        )
+    tokenizer = load_tokenizer(place)
+    known = source.parts["clap"].recipe["text_tower"]["vocab_size"]
+    if tokenizer.vocab_size > known:
+        raise InputError(f"{place}: {tokenizer.vocab_size} tokens, the text tower of {path} knows {known}")
+    return tokenizer
+
+
+@torch.no_grad()
+def warn_if_collapsed(clap: CLAP, tokenizer: Tokenizer | None, path: Path) -> None:
+    """Warns about a text tower that hardly tells captions apart; without a tokenizer, random tokens."""
+    if tokenizer is None:
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(clap.text_tower.vocab_size, (len(CAPTIONS), 8), generator=generator)
+        embed = clap.embed_text(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    else:
+        embed = clap.embed_text(*tokenizer(CAPTIONS))
+    least = (embed @ embed.T).min().item()
+    if not least < COLLAPSED:
+        warnings.warn(
+            f"{path}: CLAP's text tower gives nearly the same embedding for all captions "
+            f"(smallest cosine {least:.4f})",
+            stacklevel=3,
+        )
+
+
+def tell(source: Source) -> None:
+    """Warns of what a user should know about a source."""
+    for caution in source.cautions:
+        warnings.warn(caution, stacklevel=3)
+
+
+def provenance_of(source: Source, path: Path) -> dict[str, Any]:
+    """Where converted weights come from."""
+    return {
+        "source": path.name,
+        "kind": source.kind,
+        "taken": source.notes,
+        "versions": {name: version(name) for name in ("ldm_audio", "torch")},
+    }
+
+
+def convert(
+    path: str | Path,
+    out: str | Path,
+    *,
+    tokenizer: str | None = None,
+    ema: bool = True,
+    heads: str = "config",
+    licence: str = "unspecified",
+) -> Source:
+    """Writes published weights as ours: a system's folder, or a network's file, `out` or in the folder `out`.
+
+    Everything is checked before anything is written, and tensors pass through memory one at a time.
+    """
+    path, out = local(path), Path(out)
+    if is_own(path):
+        raise InputError(f"{path}: is ours already")
+    source = open_source(path, ema=ema, heads=heads)
+    states = {name: state_of(part) for name, part in source.parts.items()}
+    for name, part in source.parts.items():
+        part.check(states[name])
+    has_text = "clap" in source.parts and source.parts["clap"].recipe["text_tower"] is not None
+    words = find_tokenizer(source, path, tokenizer) if has_text else None
+
+    is_file = out.suffix == ".safetensors"
+    if is_file and len(source.parts) > 1:
+        raise InputError(f"{out}: {path} holds {', '.join(source.parts)}; give the name of a folder")
+    folder = out.parent if is_file else out
+    files = {name: out if is_file else out / f"{name.split('.')[-1]}.safetensors" for name in source.parts}
+    taken = [*files.values(), *([folder / "tokenizer.json"] if words else []), folder / "system.json"]
+    if existing := [file for file in taken if file.exists() and not (is_file and file.name == "system.json")]:
+        raise InputError(f"{existing[0]}: exists already; choose another place")
+
+    for name, part in source.parts.items():
+        header = header_of(part.recipe, provenance_of(source, path), licence)
+        with replacing(files[name]) as temporary:
+            write_safetensors(temporary, states[name], part.convert(states[name]), header=header)
+    if words is not None:
+        words.save(folder / "tokenizer.json")
+        warn_if_collapsed(own_network(files["clap"]), words, path)
+    if source.system is not None:
+        write_system(out, source.system | {"licence": licence})
+    return source
+
+
+def inspect(path: str | Path, *, ema: bool = True, heads: str = "config", rules: bool = False) -> list[str]:
+    """What is at a path and how it would be taken, in lines; `rules` lists every rule of the tables."""
+    path = local(path)
+    if path.is_dir() and (path / "system.json").is_file():
+        lines = [f"kind: {SYSTEM_FORMAT}", *(f"{key}: {value}" for key, value in read_system(path).items())]
+        files = [path / f"{name}.safetensors" for name in PARTS]
+        return lines + [line for file in files for line in ("", f"{file.name}:", *inspect(file))]
+    if path.is_file() and is_own(path):
+        return describe_own(*open_safetensors(path))
+    try:
+        source = open_source(path, ema=ema, heads=heads)
+    except InputError as error:
+        if not path.is_file():
+            raise
+        return [*describe_names(open_file(path)), f"cannot be loaded: {error}"]
+    return describe_source(source, state_of, rules=rules)
+
+
+def export(path: str | Path, out: str | Path, *, to: str) -> None:
+    """Writes a system of ours as a diffusers pipeline, or one network as a folder of either library."""
+    path, out = local(path), Path(out)
+    if not is_own(path):
+        raise InputError(f"{path}: is not ours; convert it first")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: exists already; choose another place")
+    if path.is_dir():
+        if to != "diffusers":
+            raise InputError(f"{path}: a system goes to diffusers; give its clap or vocoder file for {to}")
+        networks = {name: opened(path / f"{name}.safetensors") for name in PARTS}
+        words = load_tokenizer(path / "tokenizer.json")
+        exports.export_pipeline(out, read_system(path), networks, words)
+        return
+    recipe, state = opened(path)
+    part = PART_OF[recipe["_target_"]]
+    if part not in ({"unet", "vae"} if to == "diffusers" else {"clap", "vocoder"}):
+        raise InputError(f"{path}: {to} has no place for a {part}")
+    if part == "clap":
+        has_words = (path.parent / "tokenizer.json").is_file()
+        exports.export_clap(out, recipe, state, tokenizer=load_tokenizer(path) if has_words else None)
+    else:
+        {"unet": exports.export_unet, "vae": exports.export_vae, "vocoder": exports.export_vocoder}[part](
+            out, recipe, state
+        )
+
+
+def opened(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Recipe and state of a network file of ours, checked."""
+    network = own_network(path)
+    return network.recipe, network.state_dict()

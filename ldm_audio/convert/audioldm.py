@@ -174,14 +174,12 @@ def ema_key(name: str) -> str:
 def unet_arguments(shapes: Shapes, *, head_channels: int | None = None) -> dict[str, Any]:
     """Arguments of `UNet` for an original UNet with these tensor shapes (names without prefix).
 
-    How wide a head is does not show in the shapes. None takes what the released models have: 64 channels
-    where the UNet begins with 256 (L), otherwise 32. Dropout is 0.
+    How wide a head is does not show in the shapes; None takes what `released_heads` says. Dropout is 0.
 
     Raises:
         InputError: names the tensor that an original UNet has and `shapes` does not.
     """
     channels, in_channels = _shape(shapes, "input_blocks.0.0.weight")[:2]
-    head_channels = head_channels or (64 if channels == 256 else 32)
     num_levels = 1 + sum(name.endswith(".0.op.weight") for name in shapes)
     num_res_blocks = _count(shapes, "input_blocks.{}.0.in_layers.0.weight", start=1)
     firsts = [f"input_blocks.{1 + level * (num_res_blocks + 1)}" for level in range(num_levels)]
@@ -198,7 +196,7 @@ def unet_arguments(shapes: Shapes, *, head_channels: int | None = None) -> dict[
         "channel_mults": [width // channels for width in widths],
         "num_res_blocks": num_res_blocks,
         "attention_levels": [f"{first}.1.norm.weight" in shapes for first in firsts],
-        "num_heads": [width // head_channels for width in widths],
+        "num_heads": released_heads(channels, [width // channels for width in widths], head_channels),
         "transformer_depth": _count(shapes, "middle_block.1.transformer_blocks.{}.norm1.weight"),
         "transformers_per_block": _count(shapes, "middle_block.{}.norm.weight", start=1),
         "embed_dim": shapes["film_emb.weight"][1] if "film_emb.weight" in shapes else None,
@@ -207,6 +205,14 @@ def unet_arguments(shapes: Shapes, *, head_channels: int | None = None) -> dict[
         "norm_groups": 32,
         "dropout": 0.0,
     }
+
+
+def released_heads(
+    channels: int, channel_mults: Sequence[int], head_channels: int | None = None
+) -> list[int]:
+    """Heads a level as released: of 64 channels in L, whose UNet begins with 256, otherwise of 32."""
+    head_channels = head_channels or (64 if channels == 256 else 32)
+    return [channels * mult // head_channels for mult in channel_mults]
 
 
 def vae_arguments(shapes: Shapes) -> dict[str, Any]:

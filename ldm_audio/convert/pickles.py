@@ -26,6 +26,9 @@ ALLOWED = [
     *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")),
 ]
 
+# What reading a cut or overwritten file has been seen to raise.
+DAMAGED = (RuntimeError, ValueError, TypeError, OSError, EOFError, LookupError, AttributeError)
+
 
 def read_pickle(path: Path) -> object:
     """What a `.ckpt`, `.pt`, `.pth` or `.bin` file holds; its tensors stay on disk until they are used.
@@ -43,13 +46,13 @@ def read_pickle(path: Path) -> object:
         with safe_globals(ALLOWED):
             asked = get_unsafe_globals_in_checkpoint(path) if is_zip else []
             if asked:
-                raise InputError(f"{path}: refused, its pickle asks for {few(sorted(asked))}, which may run code")
+                raise InputError(f"{path}: refused, it asks for {few(sorted(asked))}, which may run code")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path}: refused or not a torch file ({reason(error)})") from error
-    except (RuntimeError, ValueError, EOFError, OSError, KeyError, IndexError, AttributeError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except DAMAGED as error:
         raise InputError(f"{path}: not a readable torch file ({reason(error)})") from error
 
 

@@ -80,6 +80,12 @@ class Tensors(Mapping[str, Tensor]):
         """Of the floating-point tensors."""
         return {stored.dtype for stored in self.entries.values() if stored.dtype.is_floating_point}
 
+    def on_meta(self) -> "Tensors":
+        """The same without their numbers."""
+        return Tensors.of(
+            {n: torch.empty(s.shape, dtype=s.dtype, device="meta") for n, s in self.entries.items()}
+        )
+
     def below(self, prefix: str) -> "Tensors":
         """Those whose names begin with `prefix`, without it."""
         found = {n.removeprefix(prefix): s for n, s in self.entries.items() if n.startswith(prefix)}
@@ -128,6 +134,8 @@ def open_safetensors(path: Path) -> tuple[dict[str, str], Tensors]:
 
 def state_dict(path: Path, content: object) -> Tensors:
     """The tensors of an opened torch file, which may lie below `state_dict`; other values beside are left."""
+    if isinstance(content, Tensors):
+        return content
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):

@@ -128,16 +128,18 @@ def train_bpe(captions: Iterable[str], *, vocab_size: int, max_length: int) -> T
 def load_tokenizer(path: str | os.PathLike[str], *, max_length: int | None = None) -> Tokenizer:
     """Read a tokenizer from a `tokenizer.json`, from a folder, or from beside any other file.
 
-    A folder, or the folder of a file such as `clap.safetensors`, must hold `tokenizer.json`, or `vocab.json`
-    and `merges.txt`; a `.json` file (but `vocab.json` and a system's `system.json`) is read itself. The limit
-    is `max_length` if given, else what the file states, else what `tokenizer_config.json` beside it states,
-    else 512. Raises InputError, naming the file, where there is no tokenizer or one without RoBERTa's special
-    tokens.
+    A folder (or its subfolder `tokenizer`, as in diffusers' pipelines), or the folder of a file such as
+    `clap.safetensors`, must hold `tokenizer.json`, or `vocab.json` and `merges.txt`; a `.json` file (but
+    `vocab.json` and a system's `system.json`) is read itself. The limit is `max_length` if given, else what
+    the file states, else what `tokenizer_config.json` beside it states, else 512. Raises InputError, naming
+    the file, where there is no tokenizer or one without RoBERTa's special tokens.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     folder = path if path.is_dir() else path.parent
+    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
     if path.suffix == ".json" and path.name not in ("vocab.json", "system.json"):
         source = path
     elif (folder / "tokenizer.json").exists():

@@ -1,0 +1,206 @@
+"""Our networks as folders that diffusers and transformers load: the conversions turned round.
+
+Every tensor that both sides have is bit-equal. A setting that they do not have is an error that names it.
+"""
+
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ldm_audio.convert import clap, diffusers, hifigan
+from ldm_audio.convert.folders import PIPELINES, PREDICTIONS, SCHEDULES
+from ldm_audio.convert.rules import Rule, invert_rules
+from ldm_audio.data.tokenizers import Tokenizer
+from ldm_audio.errors import InputError
+from ldm_audio.files import replacing, write_json
+
+SECONDS = 10.24  # what an exported pipeline makes if it is asked for no length
+FRAMES_PER_SECOND = 100  # of every released mel front end
+UNKNOWN_SCALE = 1.0  # of the latents, where a VAE is exported alone
+DIFFUSERS_FILE, TRANSFORMERS_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
+
+State = Mapping[str, Tensor]
+
+
+def write_network(
+    folder: Path, file: str, config: Mapping[str, Any], rules: list[Rule], state: State
+) -> None:
+    """`config.json` and the weights beside it."""
+    tensors = {n: t.detach().cpu().contiguous() for n, t in invert_rules(rules, state).items()}
+    write_json(folder / "config.json", config)
+    with replacing(folder / file) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+def export_unet(folder: Path, arguments: dict, state: State, *, sample_size: int = 256) -> None:
+    """diffusers' UNet2DConditionModel; `sample_size` is its length in latent frames."""
+    config = diffusers.unet_config(arguments, sample_size=sample_size)
+    write_network(folder, DIFFUSERS_FILE, config, diffusers.unet_rules(), state)
+
+
+def export_vae(folder: Path, arguments: dict, state: State, *, latent_scale: float = UNKNOWN_SCALE) -> None:
+    """diffusers' AutoencoderKL."""
+    config = diffusers.vae_config(arguments, latent_scale=latent_scale)
+    write_network(folder, DIFFUSERS_FILE, config, diffusers.vae_rules(), state)
+
+
+def export_vocoder(folder: Path, arguments: dict, state: State, *, sample_rate: int | None = None) -> None:
+    """transformers' SpeechT5HifiGan."""
+    sample_rate = sample_rate or FRAMES_PER_SECOND * prod(arguments["upsample_rates"])
+    config = hifigan.speecht5_config(arguments, sample_rate=sample_rate)
+    rules = hifigan.speecht5_rules(n_mels=arguments["n_mels"])
+    write_network(folder, TRANSFORMERS_FILE, config, rules, state)
+
+
+def export_clap(
+    folder: Path, recipe: dict, state: State, *, text_only: bool = False, tokenizer: Tokenizer | None = None
+) -> None:
+    """transformers' ClapModel, or the half of it that there is; `text_only` leaves the audio half behind."""
+    has_audio = recipe["audio_tower"] is not None and not text_only
+    config = clap_config(recipe, has_audio=has_audio)
+    scales = ("logit_scale_audio", "logit_scale_text")
+    if has_audio and recipe["text_tower"] is not None:
+        rules = clap.transformers_rules()
+    else:
+        rules = clap.transformers_audio_rules() if has_audio else clap.transformers_text_rules()
+        state = {name: tensor for name, tensor in state.items() if name not in scales}
+        if not has_audio:
+            state = {name: tensor for name, tensor in state.items() if not name.startswith("audio_")}
+    write_network(folder, TRANSFORMERS_FILE, config, rules, state)
+    if has_audio:
+        write_json(folder / "preprocessor_config.json", preprocessor_config(recipe["front_end"]))
+    if tokenizer is not None:
+        export_tokenizer(folder, tokenizer)
+
+
+def export_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """transformers' RobertaTokenizer, with the files of its present and of its former layout."""
+    tokenizer.save(folder / "tokenizer.json")
+    tokenizer.backend.model.save(str(folder))
+    config = {"tokenizer_class": "RobertaTokenizer", "model_max_length": tokenizer.max_length}
+    config |= {"add_prefix_space": False}
+    write_json(folder / "tokenizer_config.json", config)
+
+
+def clap_config(recipe: Mapping[str, Any], *, has_audio: bool) -> dict[str, Any]:
+    """The `config.json` of a CLAP; the other way of `clap.transformers_recipe`.
+
+    Raises:
+        InputError: a fusion that transformers does not have.
+    """
+    text, audio = recipe["text_tower"], recipe["audio_tower"] if has_audio else None
+    joint_dim = {"projection_dim": recipe["joint_dim"]}
+    text_config = text and {
+        "vocab_size": text["vocab_size"],
+        "hidden_size": text["dim"],
+        "num_hidden_layers": text["depth"],
+        "num_attention_heads": text["num_heads"],
+        "intermediate_size": text["ff_dim"],
+        "max_position_embeddings": text["max_positions"],
+        "pad_token_id": text["pad_token"],
+        "layer_norm_eps": text["layer_norm_eps"],
+        "hidden_dropout_prob": text["dropout"],
+    }
+    if audio and audio["fusion"] not in (None, "aff_2d"):
+        raise InputError(f"fusion {audio['fusion']}: transformers has only aff_2d")
+    audio_config = audio and {
+        "num_mel_bins": audio["n_mels"],
+        "spec_size": audio["spec_size"],
+        "patch_size": audio["patch_size"],
+        "patch_stride": [audio["patch_stride"]] * 2,
+        "patch_embeds_hidden_size": audio["dim"],
+        "hidden_size": audio["dim"] * 2 ** (len(audio["depths"]) - 1),
+        "depths": audio["depths"],
+        "num_attention_heads": audio["num_heads"],
+        "window_size": audio["window_size"],
+        "mlp_ratio": audio["mlp_ratio"],
+        "qkv_bias": audio["qkv_bias"],
+        "enable_fusion": audio["fusion"] is not None,
+        "fusion_type": None,
+    }
+    if text_config and audio_config:
+        parts = {"text_config": text_config, "audio_config": audio_config}
+        return {"architectures": ["ClapModel"], "model_type": "clap", **joint_dim, **parts}
+    name, kind = ("Text", "clap_text_model") if text_config else ("Audio", "clap_audio_model")
+    architecture = {"architectures": [f"Clap{name}ModelWithProjection"], "model_type": kind}
+    return architecture | joint_dim | (text_config or audio_config)
+
+
+def preprocessor_config(front_end: Mapping[str, Any]) -> dict[str, Any]:
+    """The `preprocessor_config.json` of CLAP's front end."""
+    return {
+        "feature_extractor_type": "ClapFeatureExtractor",
+        "feature_size": front_end["n_mels"],
+        "sampling_rate": front_end["sample_rate"],
+        "hop_length": front_end["hop_length"],
+        "max_length_s": front_end["max_samples"] // front_end["sample_rate"],
+        "fft_window_size": front_end["n_fft"],
+        "frequency_min": front_end["fmin"],
+        "frequency_max": front_end["fmax"],
+        "truncation": "fusion" if front_end["fusion"] else "rand_trunc",
+        "padding": front_end["filling"],
+    }
+
+
+def scheduler_config(schedule: Mapping[str, Any]) -> dict[str, Any]:
+    """The `scheduler_config.json` of a schedule, to be sampled with DDIM as the published pipelines are."""
+    kinds, predictions = ({ours: theirs for theirs, ours in t.items()} for t in (SCHEDULES, PREDICTIONS))
+    if schedule["kind"] not in kinds:
+        raise InputError(f"schedule {schedule['kind']}: only {', '.join(kinds)} can be exported")
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": schedule["num_timesteps"],
+        "beta_start": schedule["beta_start"],
+        "beta_end": schedule["beta_end"],
+        "beta_schedule": kinds[schedule["kind"]],
+        "prediction_type": predictions[schedule["prediction"]],
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+    }
+
+
+def export_pipeline(
+    folder: Path,
+    system: Mapping[str, Any],
+    networks: Mapping[str, tuple[dict, State]],
+    tokenizer: Tokenizer,
+) -> None:
+    """A diffusers pipeline: MusicLDM's where the system says so and has a whole CLAP, AudioLDM's otherwise.
+
+    networks: by part, the recipe and the state of each.
+    """
+    (unet, unet_state), (vae, vae_state) = networks["unet"], networks["vae"]
+    (vocoder, vocoder_state), (recipe, clap_state) = networks["vocoder"], networks["clap"]
+    is_music = system.get("family") == "musicldm" and recipe["audio_tower"] is not None
+    mel, downsample = system["mel"], 2 ** (len(vae["channel_mults"]) - 1)
+    frames = SECONDS * mel["sample_rate"] / mel["hop_length"]
+    export_unet(folder / "unet", unet, unet_state, sample_size=round(frames / downsample))
+    export_vae(folder / "vae", vae, vae_state, latent_scale=system["latent_scale"])
+    export_vocoder(folder / "vocoder", vocoder, vocoder_state, sample_rate=mel["sample_rate"])
+    export_clap(folder / "text_encoder", recipe, clap_state, text_only=not is_music)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(system["schedule"]))
+    export_tokenizer(folder / "tokenizer", tokenizer)
+    components = {
+        "vae": ["diffusers", "AutoencoderKL"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "vocoder": ["transformers", "SpeechT5HifiGan"],
+        "tokenizer": ["transformers", "RobertaTokenizer"],
+        "text_encoder": ["transformers", "ClapModel" if is_music else "ClapTextModelWithProjection"],
+    }
+    if is_music:
+        write_json(
+            folder / "feature_extractor" / "preprocessor_config.json",
+            preprocessor_config(recipe["front_end"]),
+        )
+        components["feature_extractor"] = ["transformers", "ClapFeatureExtractor"]
+    classes = {family: name for name, family in PIPELINES.items()}
+    name = classes["musicldm" if is_music else "audioldm"]
+    index = {"_class_name": name, "_diffusers_version": "0.33.1", **components}
+    write_json(folder / "model_index.json", index)

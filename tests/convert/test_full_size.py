@@ -1,0 +1,148 @@
+"""Released layouts at full size: key lists load strictly on the meta device, parameters are counted."""
+
+import gzip
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from ldm_audio.convert.originals import recognise
+from ldm_audio.convert.rules import plan
+from ldm_audio.convert.stored import Tensors
+from ldm_audio.errors import InputError
+from ldm_audio.pretrained import build, state_of
+
+TESTS = Path(__file__).parents[1]
+CONFIGS = TESTS.parent / "configs"
+
+
+def key_list(name: str) -> dict[str, torch.Tensor]:
+    """Every tensor of a released checkpoint, on the meta device; int64 where the originals have it."""
+    state = {}
+    with gzip.open(TESTS / "fixtures" / "keys" / f"{name}.txt.gz", "rt") as lines:
+        for line in lines:
+            if line.startswith("#"):
+                continue
+            key, shape = line.split()
+            numbers = [int(number) for number in shape.strip("[]").split(",") if number]
+            whole = key.endswith(("position_ids", "position_index", "num_batches_tracked", "num_updates"))
+            dtype = torch.int64 if whole else torch.float32
+            state[key] = torch.empty(numbers, dtype=dtype, device="meta")
+    return state
+
+
+class Scaled(Tensors):
+    """Tensors whose one number that is needed, the scale of the latents, is there."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return torch.tensor(0.5) if name == "scale_factor" else super().__getitem__(name)
+
+
+def released(name: str) -> Scaled:
+    return Scaled(Tensors.of(key_list(name)).entries)
+
+
+# Floating-point numbers of UNet, VAE, folded vocoder and CLAP, running statistics left out.
+COUNTS = {
+    "audioldm-s-full": (185_036_552, 55_376_873, 55_264_897, 153_492_890),
+    "audioldm-m-full": (415_954_568, 55_376_873, 55_264_897, 193_913_882),
+    "audioldm-l-full": (739_139_080, 55_376_873, 55_264_897, 153_492_890),
+    "musicldm": (185_036_552, 55_376_873, 55_264_897, 193_913_882),
+}
+HEADS = {"audioldm-m-full": [6, 12, 18, 30]}
+
+
+@pytest.mark.parametrize("ema", [True, False])
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_whole_released_checkpoint_converts_strictly(name, ema):
+    state = released(name)
+    source = recognise(state, name, ema=ema)
+    assert list(source.parts) == ["unet", "vae", "vocoder", "clap"]
+    for part, count in zip(source.parts.values(), COUNTS[name], strict=True):
+        part.check(state_of(part))
+        assert sum(p.numel() for p in build(part.recipe, source=name).parameters()) == count
+    assert source.parts["unet"].recipe["num_heads"] == HEADS.get(name, [4, 8, 12, 20])
+    assert source.system["family"] == ("musicldm" if name == "musicldm" else "audioldm")
+    assert source.system["mel"]["n_mels"] == 64 and source.system["latent_scale"] == 0.5
+
+    # Every tensor of the file is taken, or dropped by a rule, or of the UNet's other copy, or a constant.
+    used = [
+        n for part in source.parts.values() for m in plan(part.rules, part.tensors, None) for n in m.sources
+    ]
+    others = 690 + 12 + 2 + 2  # the other UNet, schedule buffers, logvar and scale_factor, EMA's counters
+    assert len(used) + others == len(state)
+
+
+def test_the_loss_networks_of_a_training_checkpoint_are_dropped():
+    state = key_list("musicldm")
+    state |= {f"first_stage_model.loss.{name}": torch.empty(3, device="meta") for name in ("logvar", "a.b.c")}
+    source = recognise(Scaled(Tensors.of(state).entries), "musicldm", ema=True)
+    source.parts["vae"].check(state_of(source.parts["vae"]))
+
+
+@pytest.mark.parametrize(
+    "name", ["model_ema.extra", "first_stage_model.extra", "extra", "cond_stage_model.extra"]
+)
+def test_a_tensor_that_no_table_knows_is_refused(name):
+    state = Scaled(Tensors.of(key_list("audioldm-s-full") | {name: torch.empty(2, device="meta")}).entries)
+    with pytest.raises(InputError, match=r"no rule takes .*extra"):
+        for part in recognise(state, "a file", ema=True).parts.values():
+            part.check(state_of(part))
+
+
+def test_a_checkpoint_without_averages_names_the_way_out():
+    state = Scaled(Tensors.of(key_list("audioldm-s-full")).without("model_ema.").entries)
+    with pytest.raises(InputError, match=r"holds no averaged weights .* take the others with raw"):
+        recognise(state, "a file", ema=True)
+    assert recognise(state, "a file", ema=False).parts["unet"]
+
+
+# What is counted: the parameters of the network in the form in which it is used (no running statistics, no
+# constants, weight norm folded).
+PARAMETERS = {
+    "unet/musicldm": 185_036_552,
+    "unet/audioldm_48k": 262_699_152,
+    "vae/mel256": 223_535_569,
+    "vocoder/hifigan_48k": 190_281_889,
+    "clap/htsat_tiny_fused": 153_507_530,
+    "clap/htsat_base_fused": 193_937_498,
+    "clap/htsat_large": 397_465_754,
+    "clap/htsat_large_fused": 397_545_754,
+}
+# The audio tower alone, as transformers' audio_model: mel norm, patches, stages, norm.
+TOWERS = {"htsat_tiny": 27_534_488, "htsat_base": 67_824_408, "htsat_large": 270_851_992}
+FUSION = {"htsat_tiny": 14_640, "htsat_base": 23_616, "htsat_large": 80_000}  # what aff_2d adds to it
+TEXT_TOWER = 124_645_632
+
+
+def parameters(name: str, **changes) -> dict[str, torch.nn.Parameter]:
+    config = OmegaConf.load(CONFIGS / f"{name}.yaml")
+    for key, value in changes.items():
+        OmegaConf.update(config, key, value)
+    with torch.device("meta"):
+        return dict(instantiate(config, _convert_="all").named_parameters())
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_configs_have_the_counted_parameters(name):
+    assert sum(p.numel() for p in parameters(name).values()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers_of_clap_have_the_counted_parameters(name, fused):
+    found = parameters(f"clap/{name}{'_fused' if fused else ''}")
+    sizes = dict.fromkeys(("audio_tower", "text_tower"), 0)
+    for key, parameter in found.items():
+        if key.split(".")[0] in sizes:
+            sizes[key.split(".")[0]] += parameter.numel()
+    assert sizes["audio_tower"] == TOWERS[name] + (FUSION[name] if fused else 0)
+    assert sizes["text_tower"] == TEXT_TOWER
+
+
+def test_channel_map_fusion_gives_the_patches_four_channels():
+    found = parameters("clap/htsat_tiny_fused", **{"audio_tower.fusion": "channel_map"})
+    patches = 3 * 96 * 4 * 4
+    assert sum(p.numel() for p in found.values()) == 153_492_890 + patches
