@@ -6,7 +6,7 @@ pulse train whose beats and downbeats are known exactly. `ATTRIBUTES` is the who
 say what is fixed; everything else (exact frequency and width, phases, pulse length, decay, level) is drawn.
 
 The world keeps clear of what a small vocoder with a hop of 10 ms blurs: level tones lie on multiples of
-100 Hz, only the upper registers glide, pulses leave gaps of at least 75 ms, and the registers do not touch
+100 Hz, only noise in the upper registers glides, pulses leave gaps of at least 75 ms, and the registers do not touch
 (up to 480 Hz, 740 to 2160 Hz, 2.8 to 7.5 kHz). Any length renders; the slowest metre can be heard in 2.5 s.
 
 Axes: s samples.
@@ -58,13 +58,18 @@ HOP_HZ = 100.0  # level tones lie on its multiples: the period of a vocoder's 10
 
 
 def combinations() -> list[Attributes]:
-    """Every valid combination, kind after kind; low sounds are level only."""
+    """Every valid combination, kind after kind; low sounds and tones are level only."""
     every = [
         {"kind": kind, **dict(zip(table, values))}
         for kind, table in ATTRIBUTES.items()
         for values in product(*table.values())
     ]
-    return [row for row in every if row.get("register") != "low" or row["motion"] == "level"]
+    glides = {("middle", "noise"), ("high", "noise")}
+    return [
+        row
+        for row in every
+        if row.get("motion", "level") == "level" or (row["register"], row["texture"]) in glides
+    ]
 
 
 def pairs(attributes: Attributes) -> set[tuple[tuple[str, str], ...]]:

@@ -34,6 +34,7 @@ class HiFiGAN(nn.Module):
         resblock_kernels: kernels of the residual blocks that run side by side in each stage.
         resblock_dilations: dilations within each of those blocks.
         high_resolution: padding rule of the upsamplers, see `upsample_padding`.
+        init_gain: see `init_weights`.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class HiFiGAN(nn.Module):
         resblock_kernels: Sequence[int],
         resblock_dilations: Sequence[Sequence[int]],
         high_resolution: bool,
+        init_gain: float | None = None,
     ):
         super().__init__()
         self.hop_length = math.prod(upsample_rates)
@@ -66,9 +68,21 @@ class HiFiGAN(nn.Module):
                 for resblock_kernel, dilations in zip(resblock_kernels, resblock_dilations, strict=True)
             )
         self.conv_post = nn.Conv1d(widths[-1], 1, kernel_size=7, padding=3)
-        for module in (*self.ups.modules(), *self.resblocks.modules(), self.conv_post):
-            if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+        self.init_weights(init_gain)
+
+    def init_weights(self, gain: float | None) -> None:
+        """Normal weights behind the first convolution: gain / sqrt(inputs of an output) wide, or 0.01 as released.
+
+        The released width suits wide layers and a million steps; in narrow ones the signal fades away.
+        """
+        for module in self.convolutions()[1:]:
+            if gain is None:
                 nn.init.normal_(module.weight, std=0.01)
+                continue
+            inputs = module.in_channels * module.kernel_size[0]
+            if isinstance(module, nn.ConvTranspose1d):
+                inputs //= module.stride[0]
+            nn.init.normal_(module.weight, std=gain / inputs**0.5)
 
     def forward(self, mel: Tensor) -> Tensor:
         """(b, f, n) natural-log mel -> (b, 1, s) waveform in [-1, 1].
