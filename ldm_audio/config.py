@@ -21,15 +21,11 @@ from ldm_audio.files import write_text
 from ldm_audio.objectives.base import Objective
 from ldm_audio.pipelines.encode import encode
 
-FREE_ON_RESUME = (
-    "trainer.max_steps",
-    "trainer.bar_position",
-    "trainer.log_every",
-    "trainer.device",
-    "logger",
-    "num_workers",
-)
-"""Keys that may differ when a run is continued: they do not change what it learns."""
+FREE_ON_RESUME = {
+    "trainer.max_steps", "lr_schedule.max_steps", "trainer.lr_schedule.max_steps", "trainer.bar_position",
+    "trainer.log_every", "trainer.device", "trainer.loggers", "logger", "num_workers",
+}  # fmt: skip
+"""Keys that may differ when a run is continued: how long it goes on, where, and what it tells."""
 
 NEVER_STOPS = 2**40
 
@@ -68,14 +64,17 @@ def plain(node: DictConfig) -> dict:
 
 
 def open_run(cfg: DictConfig) -> Path:
-    """Makes the run's folder and writes its config, or checks that a run to continue has the same one."""
+    """Makes the run's folder and writes its config, or checks that a run to continue has the same one.
+
+    A run that never came to its first step has nothing to continue.
+    """
     require(cfg)
     folder = Path(cfg.folder)
     path = folder / "config.yaml"
     config = OmegaConf.create(plain(cfg))
-    if path.exists():
-        differing = differences(plain(OmegaConf.load(path)), plain(config))
-        differing = [d for d in differing if not d.startswith(FREE_ON_RESUME)]
+    if path.exists() and (folder / "metrics.jsonl").exists():
+        lines = differences(plain(OmegaConf.load(path)), plain(config))
+        differing = [line for line in lines if not free_on_resume(line.partition(":")[0])]
         if differing:
             raise InputError(
                 f"{folder} holds a run with another config ({'; '.join(differing)}): choose run=NAME"
@@ -83,6 +82,11 @@ def open_run(cfg: DictConfig) -> Path:
     write_text(path, OmegaConf.to_yaml(config))
     torch.manual_seed(cfg.seed)
     return folder
+
+
+def free_on_resume(key: str) -> bool:
+    """Whether this key, or one that holds it, is in `FREE_ON_RESUME`."""
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_ON_RESUME)
 
 
 def require(cfg: DictConfig) -> None:

@@ -172,7 +172,12 @@ def is_own_class(target: str) -> bool:
 
 
 def save_network(
-    network: nn.Module, path: Path, *, recipe: dict, provenance: dict, licence: str = "unspecified"
+    network: nn.Module,
+    path: Path,
+    *,
+    recipe: dict,
+    provenance: dict | None,
+    licence: str = "unspecified",
 ) -> None:
     """Writes `network` with the `recipe` that rebuilds it to `path`, atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
@@ -180,7 +185,7 @@ def save_network(
         save_file(tensors, temporary, metadata=header_of(recipe, provenance, licence))
 
 
-def header_of(recipe: dict, provenance: dict, licence: str) -> dict[str, str]:
+def header_of(recipe: dict, provenance: dict | None, licence: str) -> dict[str, str]:
     """A network file's header."""
     return {
         "format": FORMAT,
@@ -207,7 +212,7 @@ def save_weights(objective: Objective, folder: Path, *, system: dict | None, pro
     for name in objective.frozen:
         part, path = getattr(objective, name), folder / f"{name}.safetensors"
         if part is not None and not path.exists():
-            save_network(part, path, recipe=part.recipe, provenance=part.provenance)
+            save_network(part, path, recipe=part.recipe, provenance=getattr(part, "provenance", None))
     write_system(folder, system | {"latent_scale": float(objective.latent_scale)})
 
 

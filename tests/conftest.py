@@ -18,16 +18,21 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture
-def command(monkeypatch) -> Callable[..., int]:
+@pytest.fixture(scope="session")
+def command() -> Callable[..., int]:
     """`command("train.py", "key=value", ...)` runs an entry point in this process; returns its exit code."""
 
     def run(script: str, *arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        previous, sys.argv = sys.argv, [script, *map(str, arguments)]
         try:
-            runpy.run_path(str(CHECKOUT / script), run_name="__main__")
+            if script.endswith(".py"):
+                runpy.run_path(str(CHECKOUT / script), run_name="__main__")
+            else:
+                runpy.run_module(script, run_name="__main__")
         except SystemExit as done:
             return done.code or 0
+        finally:
+            sys.argv = previous
         return 0
 
     return run

@@ -6,8 +6,9 @@ pulse train whose beats and downbeats are known exactly. `ATTRIBUTES` is the who
 say what is fixed; everything else (exact frequency and width, phases, pulse length, decay, level) is drawn.
 
 The world keeps clear of what a small vocoder with a hop of 10 ms blurs: level tones lie on multiples of
-100 Hz, only noise in the upper registers glides, pulses leave gaps of at least 75 ms, and the registers do not touch
-(up to 480 Hz, 740 to 2160 Hz, 2.8 to 7.5 kHz). Any length renders; the slowest metre can be heard in 2.5 s.
+100 Hz, only noise in the upper registers glides, pulses leave gaps of at least 75 ms, and the registers do
+not touch (up to 480 Hz, 740 to 2160 Hz, 2.8 to 7.5 kHz). Any length renders; the slowest metre can be heard
+in 2.5 s.
 
 Axes: s samples.
 """

@@ -71,9 +71,9 @@ class HiFiGAN(nn.Module):
         self.init_weights(init_gain)
 
     def init_weights(self, gain: float | None) -> None:
-        """Normal weights behind the first convolution: gain / sqrt(inputs of an output) wide, or 0.01 as released.
+        """Normal weights behind the first convolution, gain / sqrt(inputs of an output) wide; None: 0.01.
 
-        The released width suits wide layers and a million steps; in narrow ones the signal fades away.
+        That is the released width, which suits wide layers and a million steps; in narrow ones the signal fades away.
         """
         for module in self.convolutions()[1:]:
             if gain is None:
