@@ -73,7 +73,8 @@ class HiFiGAN(nn.Module):
     def init_weights(self, gain: float | None) -> None:
         """Normal weights behind the first convolution, gain / sqrt(inputs of an output) wide; None: 0.01.
 
-        That is the released width, which suits wide layers and a million steps; in narrow ones the signal fades away.
+        That is the released width, which suits wide layers and a million steps; in narrow ones the signal
+        fades away.
         """
         for module in self.convolutions()[1:]:
             if gain is None:
