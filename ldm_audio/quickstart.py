@@ -6,6 +6,7 @@ Each stage is one call of `train.py`, `ldm-audio encode` or `sample.py` with the
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -31,6 +32,8 @@ from ldm_audio.pretrained import load_system
 NUM_PROMPTS = 48
 SAMPLE_SEEDS = (0, 1, 2)
 DURATION = 2.56  # seconds
+ENCODED = 2048  # clips that the UNet is trained on
+SAMPLING = ("num_steps=25", "guidance_scale=2.0", "batch_size=24", "overwrite=true")
 COLUMNS = ("chance", "shuffled", "right", "ceiling")
 
 
@@ -58,6 +61,7 @@ def quickstart(folder: str, *, seed: int, overrides: Sequence[str]) -> dict:
         ldm = pool.submit(lambda: (clap.result(), vae.result(), stages.encode(), stages.train("ldm")))
         for stage in (clap, vae, vocoder, ldm):
             stage.result()
+        shutil.copy(stages.weights("vocoder"), run / "ldm" / "weights")  # the last part of the system
         samples = [pool.submit(stages.sample, prompt_file, sample_seed) for sample_seed in SAMPLE_SEEDS]
         for stage in samples:
             stage.result()
@@ -104,20 +108,24 @@ class Stages:
         return self.run / name / "weights" / f"{name}.safetensors"
 
     def encode(self) -> None:
-        paths = [f"vae.path={self.weights('vae')}", f"clap.path={self.weights('clap')}"]
-        out = f"out={self.run / 'latents'}"
-        self._call(
-            "encode", ["-m", "ldm_audio.cli", "encode", "data=quickstart", *paths, out, self.common[1]]
-        )
+        arguments = [
+            "data=quickstart",
+            f"data.train.size={ENCODED}",
+            f"vae.path={self.weights('vae')}",
+            f"clap.path={self.weights('clap')}",
+            f"out={self.run / 'latents'}",
+            self.common[1],
+        ]
+        self._call("encode", ["-m", "ldm_audio.cli", "encode", *arguments])
 
     def sample(self, prompts: Path, seed: int) -> None:
         arguments = [
-            "experiment=quickstart",
             f"weights={self.run / 'ldm' / 'weights'}",
-            f"vocoder={self.weights('vocoder')}",
             f"prompts={prompts}",
             f"seed={seed}",
             f"out={self.run / 'samples' / f'seed{seed}'}",
+            f"duration={DURATION}",
+            *SAMPLING,
         ]
         self._call(f"sample_{seed}", [str(self.root / "sample.py"), *arguments])
 
@@ -147,7 +155,7 @@ def choose_prompts(seed: int) -> list[Prompt]:
 
 def evaluate(run: Path, prompts: list[Prompt]) -> dict:
     """Measures the samples and a VAE + vocoder round trip of real clips; writes tables, sheet and page."""
-    system = load_system(run / "ldm" / "weights", vocoder=run / "vocoder" / "weights" / "vocoder.safetensors")
+    system = load_system(run / "ldm" / "weights")
     rate = system.mel.sample_rate
     files = [sorted((run / "samples" / f"seed{seed}").glob("*.wav")) for seed in SAMPLE_SEEDS]
     waveforms = [torch.from_numpy(read_audio(path)[0][0]) for paths in files for path in paths]
