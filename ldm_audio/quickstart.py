@@ -57,7 +57,7 @@ def quickstart(folder: str, *, seed: int, overrides: Sequence[str]) -> dict:
     with ThreadPoolExecutor(max_workers=2) as pool:
         clap = pool.submit(stages.train, "clap")
         vae = pool.submit(stages.train, "vae")
-        vocoder = pool.submit(lambda: (clap.result(), stages.train("vocoder")))
+        vocoder = pool.submit(stages.train, "vocoder")
         ldm = pool.submit(lambda: (clap.result(), vae.result(), stages.encode(), stages.train("ldm")))
         for stage in (clap, vae, vocoder, ldm):
             stage.result()
@@ -86,7 +86,7 @@ class Stages:
         self.seconds: dict[str, float] = {}
 
     def train(self, name: str) -> None:
-        bar = 0 if name in ("clap", "vocoder") else 1
+        bar = 0 if name in ("clap", "ldm") else 1  # those two follow each other
         arguments = [
             f"experiment=quickstart/{name}",
             f"run={self.run.name}/{name}",

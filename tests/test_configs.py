@@ -124,7 +124,7 @@ def test_what_trains_can_be_built(row):
     with open_dict(cfg):
         del cfg["hydra"]
         for part, file in INSTEAD_OF_FILES.items():
-            if part in cfg and ".load_" in cfg[part]._target_:
+            if cfg.get(part) is not None and ".load_" in cfg[part]._target_:
                 cfg[part] = OmegaConf.load(CONFIGS / f"{file}.yaml")
         cfg.allow_random_frozen = True
     with torch.device("meta"):
