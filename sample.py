@@ -18,8 +18,8 @@ def main(cfg: DictConfig) -> None:
     folder = config.open_samples(cfg)
     system = load_system(
         cfg.weights,
-        vocoder=cfg.vocoder,
-        tokenizer=cfg.tokenizer,
+        vocoder=cfg.vocoder.path,
+        tokenizer=cfg.tokenizer.path,
         ema=cfg.ema,
         heads=cfg.heads,
         device=cfg.device,

@@ -6,6 +6,9 @@ step n starts at n, two ranks see between them what one process with the doubled
 straddle epochs (data sets smaller than a batch work).
 """
 
+import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -86,6 +89,8 @@ class StepBatches:
 
 def sequential_batches(length: int, batch_size: int, limit: int | None) -> list[list[ItemKey]]:
     """The first `limit` items (all for None) in order, in epoch 0; the last batch may be smaller."""
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size}: expected at least 1")
     count = length if limit is None else min(limit, length)
     if count < 1:
         raise InputError(f"no items to go through: {length} in the data set, limit {limit}")
@@ -103,7 +108,8 @@ def make_loader(
     """A DataLoader over `batches`, each a dict as `collate` makes it.
 
     Workers persist from one pass to the next and run one torch thread each. An InputError raised in a worker
-    arrives here as the same InputError. Iterating draws nothing from torch's global generator.
+    arrives here as the same InputError. Signals to the whole process group are left to the main process.
+    Iterating draws nothing from torch's global generator.
     """
     return Loader(
         KeyedItems(dataset),
@@ -112,9 +118,26 @@ def make_loader(
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
         collate_fn=collate,
+        worker_init_fn=outlive_group_signals,
         # the workers' base seed would otherwise come from the generator that a resumed run restores
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def outlive_group_signals(worker: int) -> None:
+    """Leaves Ctrl-C and a scheduler's SIGTERM to the main process, which could not stop in order alone.
+
+    Only the parent's own SIGTERM ends a worker. macOS cannot tell the sender; there all of them do.
+    """
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        threading.Thread(target=obey_parent, daemon=True).start()
+
+
+def obey_parent() -> None:
+    while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class KeyedItems(Dataset):

@@ -1,0 +1,358 @@
+"""The entry points, end to end on toy sizes: what they write, and what they say to bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+import ldm_audio
+from ldm_audio.audio.io import read_audio, write_wav
+from ldm_audio.pretrained import load
+from ldm_audio.training.checkpoint import load_checkpoint
+
+CHECKOUT = Path(ldm_audio.__file__).parents[1]
+SAMPLES = 10240  # 0.64 s
+
+TINY_VAE = (
+    "vae=small",
+    "vae.channels=8",
+    "vae.channel_mults=[1,2]",
+    "vae.norm_groups=4",
+    "vae.latent_channels=4",
+)
+TINY_CLAP = (
+    "clap=small", "clap.joint_dim=12", "clap.front_end.max_samples=10080", "clap.audio_tower.spec_size=64",
+    "clap.audio_tower.dim=8", "clap.audio_tower.depths=[1,1]", "clap.audio_tower.num_heads=[2,2]",
+    "clap.audio_tower.window_size=4", "clap.text_tower.dim=16", "clap.text_tower.depth=1",
+    "clap.text_tower.num_heads=2", "clap.text_tower.ff_dim=16", "tokenizer.vocab_size=300",
+)  # fmt: skip
+TINY_UNET = (
+    "unet=small", "unet.channels=8", "unet.channel_mults=[1,2]", "unet.attention_levels=[false,true]",
+    "unet.num_heads=[1,2]", "unet.embed_dim=12", "unet.norm_groups=4", "unet.in_channels=4",
+    "unet.out_channels=4",
+)  # fmt: skip
+TINY_VOCODER = ("vocoder=small", "vocoder.channels=16")
+SHORT_CLIPS = ("data=synthetic", f"data.num_samples={SAMPLES}", "data.train.size=6", "data.val.size=2")
+BRIEF = (
+    "batch_size=2", "num_workers=0", "val_items=2", "trainer.max_steps=2", "trainer.log_every=1",
+    "trainer.prepare_batches=1",
+)  # fmt: skip
+STAGES = {
+    "vae": ("objective=vae", *TINY_VAE, "discriminator=patch_small", "discriminator.channels=4",
+            "objective.adversarial_start=1", *SHORT_CLIPS),
+    "clap": ("objective=contrastive", *TINY_CLAP, "data=synthetic", "data.train.size=6", "data.val.size=2"),
+    "vocoder": ("objective=vocoder", *TINY_VOCODER, "discriminator=wave_small", "discriminator.periods=[2]",
+                "discriminator.period_channels=[2,4]", "discriminator.scale_channels=[]",
+                "objective.segment_samples=3200", "optimizer=adam_gan", *SHORT_CLIPS),
+    "unet": ("objective=latent_diffusion", *TINY_UNET),
+}  # fmt: skip
+VAE_RUN = (*STAGES["vae"], *BRIEF)
+
+
+def part_paths(folder: Path) -> list[str]:
+    return [f"{part}.path={folder}/{part}/weights/{part}.safetensors" for part in ("vae", "clap", "vocoder")]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, command) -> Path:
+    """Two steps of every stage, by the public path: autoencoder, CLAP, vocoder, encoding, diffusion."""
+    folder = tmp_path_factory.mktemp("runs")
+    for stage in ("vae", "clap", "vocoder"):
+        assert command("train.py", *STAGES[stage], *BRIEF, f"runs={folder}", f"run={stage}") == 0
+    parts = part_paths(folder)
+    encoded = ("data=synthetic", *SHORT_CLIPS[1:], "batch_size=2", f"out={folder}/latents")
+    assert command("ldm_audio.cli", "encode", *encoded, *parts[:2]) == 0
+    latents = ("data=latents", f"data.path={folder}/latents")
+    assert command("train.py", *STAGES["unet"], *BRIEF, f"runs={folder}", "run=ldm", *latents, *parts) == 0
+    return folder
+
+
+@pytest.fixture
+def refused(command, capsys, tmp_path) -> Callable[..., str]:
+    """`refused(script, ...)`: the one line that a command says before it exits with 2, nothing trained."""
+
+    def run(script: str, *arguments: str) -> str:
+        assert command(script, *arguments) == 2
+        shown = capsys.readouterr().err
+        assert "Traceback" not in shown
+        (line,) = (line for line in shown.splitlines() if line.startswith("error: "))
+        assert shown.rstrip().endswith(line)
+        assert not list(tmp_path.rglob("last.pt"))
+        return line
+
+    return run
+
+
+def recordings(folder: Path, captions: str = "file_name,caption\na.wav,a hum\n") -> tuple[str, ...]:
+    """A folder with one recording; overrides that train the autoencoder on it."""
+    seconds = np.arange(SAMPLES) / 16000
+    write_wav(folder / "a.wav", 0.5 * np.sin(2 * np.pi * 440 * seconds), 16000)
+    (folder / "train.csv").write_text(captions)
+    (folder / "val.csv").write_text("file_name,caption\na.wav,a hum\n")
+    model = [setting for setting in VAE_RUN if not setting.startswith("data")]
+    return (
+        *model,
+        "data=folder",
+        f"data.path={folder}",
+        f"data.num_samples={SAMPLES}",
+        f"runs={folder.parent}/runs",
+    )
+
+
+# --- what works --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "stage, monitored", [("vae", "loss"), ("clap", "loss"), ("vocoder", "mel"), ("ldm", "loss")]
+)
+def test_every_objective_trains_two_steps(runs, stage, monitored):
+    rows = [json.loads(line) for line in (runs / stage / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 2]
+    assert rows[-1][f"val/{monitored}"] == pytest.approx(
+        load_checkpoint(runs / stage / "checkpoints" / "last.pt")["best"]
+    )
+    assert (runs / stage / "config.yaml").is_file()
+
+
+def test_each_stage_leaves_weights_that_load(runs):
+    for part in ("vae", "clap", "vocoder"):
+        network = load(str(runs / part / "weights" / f"{part}.safetensors"))
+        assert network.provenance["run"] == part and network.provenance["audio"]["n_mels"] == 64
+    assert (runs / "clap" / "weights" / "tokenizer.json").is_file()
+    for folder in ("weights", "best"):
+        assert load(str(runs / "ldm" / folder)).latent_scale != 1.0
+
+
+def test_a_system_makes_sounds_pictures_and_a_page(runs, command, tmp_path):
+    out = tmp_path / "samples"
+    arguments = [
+        f"weights={runs}/ldm/weights",
+        "num_steps=2",
+        "duration=0.64",
+        f"out={out}",
+        "prompt=[a hum,rain]",
+    ]
+    assert command("sample.py", *arguments) == 0
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["a hum", "rain"]
+    for row in rows:
+        waveform, rate = read_audio(out / row["file"])
+        assert rate == 16000 and waveform.shape == (1, SAMPLES)
+        assert (out / row["file"]).with_suffix(".png").is_file()
+        assert row["file"] in (out / "index.html").read_text()
+
+    again = tmp_path / "again"
+    (tmp_path / "prompts.txt").write_text("rain\n\n")
+    arguments[3:] = [
+        f"out={again}",
+        f"prompts={tmp_path}/prompts.txt",
+        f"vocoder.path={runs}/vocoder/best/vocoder.safetensors",
+    ]
+    assert command("sample.py", *arguments) == 0
+    (row,) = (json.loads(line) for line in (again / "samples.jsonl").read_text().splitlines())
+    assert row["prompt"] == "rain"
+
+
+def test_latents_hold_both_splits_and_say_who_made_them(runs):
+    from ldm_audio.data.latents import Latents
+    from ldm_audio.pipelines.encode import state_hash
+
+    train, val = (Latents(path=str(runs / "latents" / split)) for split in ("train", "val"))
+    assert (len(train), len(val)) == (6, 2)
+    vae = load(str(runs / "vae" / "weights" / "vae.safetensors"))
+    assert train.encoders["vae"] == val.encoders["vae"] == state_hash(vae)
+
+
+def test_more_steps_continue_the_run_and_the_same_command_says_it_is_finished(command, tmp_path, capsys):
+    run = (*VAE_RUN, "lr_schedule=warmup_cosine", f"runs={tmp_path}")
+    assert command("train.py", *run) == 0
+    assert command("train.py", *run) == 0
+    assert "finished at step 2; raise trainer.max_steps" in capsys.readouterr().out
+    # what may change when a run is continued
+    assert (
+        command(
+            "train.py",
+            *run,
+            "trainer.max_steps=3",
+            "logger=tensorboard",
+            "num_workers=1",
+            "trainer.log_every=2",
+        )
+        == 0
+    )
+    assert load_checkpoint(tmp_path / "vae" / "checkpoints" / "last.pt")["step"] == 3
+    assert list((tmp_path / "vae" / "tensorboard").iterdir())
+
+
+def test_random_frozen_parts_can_be_allowed_and_stay_marked_as_untrained(command, tmp_path, refused):
+    parts = (*TINY_VAE, *TINY_CLAP, *TINY_VOCODER, "tokenizer=bpe", *SHORT_CLIPS)
+    run = (*STAGES["unet"], *parts, *BRIEF, f"runs={tmp_path}", "run=random")
+    said = refused("train.py", *run)
+    assert "vae is frozen here but has no weights: give vae=file vae.path=" in said
+    assert command("train.py", *run, "allow_random_frozen=true") == 0  # nothing was begun, so nothing differs
+    system = load(str(tmp_path / "random" / "weights"))
+    assert system.vae.provenance is None
+
+
+def test_a_system_is_trained_on_sound_as_well(runs, command, tmp_path):
+    run = (*STAGES["unet"], *BRIEF, *SHORT_CLIPS, *part_paths(runs), "conditioning=mixed", f"runs={tmp_path}")
+    assert command("train.py", *run) == 0
+    assert list((tmp_path / "latent_diffusion" / "previews").glob("0000002_*.wav"))
+
+
+def test_a_terminated_run_exits_with_the_signals_code_and_loses_nothing(tmp_path):
+    """As a job scheduler does it: the signal goes to the data workers too."""
+    run = [
+        *VAE_RUN,
+        f"runs={tmp_path}",
+        "num_workers=2",
+        "trainer.max_steps=1000000",
+        "objective.adversarial_start=10000",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *run], cwd=CHECKOUT, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    metrics = tmp_path / "vae" / "metrics.jsonl"
+    try:
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+            assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert "Traceback" not in err and "stopped at step" in out
+    last = load_checkpoint(tmp_path / "vae" / "checkpoints" / "last.pt")
+    assert last["step"] == json.loads(metrics.read_text().splitlines()[-1])["step"]
+
+
+# --- bad input ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "override, named",
+    [("trainer.max_stepz=3", "max_stepz"), ("unet=enormous", "enormous"), ("batch_size", "batch_size")],
+)
+def test_what_hydra_does_not_know_is_named(override, named, command, capsys, tmp_path):
+    assert command("train.py", *VAE_RUN, f"runs={tmp_path}", override) == 1
+    shown = capsys.readouterr().err
+    assert named in shown and "Traceback" not in shown
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "overrides, named",
+    [
+        (("objective=latent_diffusion",), "no value for clap.path, vae.path, vocoder.path: give clap.path="),
+        (("objective=vae", "data=folder"), "no value for data.path"),
+        ((*VAE_RUN[:-1], "trainer.precision=fp16"), "trainer.precision=fp16: expected fp32 or bf16"),
+        ((*VAE_RUN, "batch_size=0"), "batch_size=0: expected at least 1"),
+        ((*VAE_RUN, "trainer.accumulate=2"), "trainer.accumulate=2: VAEObjective takes only 1"),
+        ((*VAE_RUN, "audio.fmax=9000"), "fmax=9000"),
+        ((*STAGES["clap"], *BRIEF, "tokenizer.vocab_size=9"), "vocab_size=9: expected 260 or more"),
+        ((*STAGES["unet"], "data=latents", "data.path=no/where", *part_paths(Path("x"))), "no/where"),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_be_used_are_named(overrides, named, refused, tmp_path):
+    assert named in refused("train.py", *overrides, f"runs={tmp_path}/runs")
+
+
+def test_a_missing_column_is_named(refused, tmp_path):
+    run = recordings(tmp_path / "sounds", "file_name,text\na.wav,a hum\n")
+    line = refused("train.py", *run)
+    assert "train.csv: no column caption; found file_name,text" in line
+
+
+def test_an_empty_folder_is_named(refused, tmp_path):
+    run = recordings(tmp_path / "sounds")
+    (tmp_path / "empty").mkdir()
+    assert f"{tmp_path}/empty: the folder is empty" in refused(
+        "train.py", *run, f"data.path={tmp_path}/empty"
+    )
+
+
+def test_an_empty_caption_is_named(refused, tmp_path):
+    run = recordings(tmp_path / "sounds", "file_name,caption\na.wav,  \n")
+    assert "train.csv: line 2: empty caption of a.wav" in refused("train.py", *run)
+
+
+@pytest.mark.parametrize("content", [b"this is no sound", b""])
+def test_a_text_file_that_is_called_wav_is_named(content, refused, tmp_path):
+    run = recordings(tmp_path / "sounds", "file_name,caption\nb.wav,a hum\n")
+    (tmp_path / "sounds" / "b.wav").write_bytes(content)
+    assert "b.wav: not a readable audio file" in refused("train.py", *run)
+
+
+def test_a_recording_without_samples_is_named(refused, tmp_path):
+    run = recordings(tmp_path / "sounds", "file_name,caption\nb.wav,a hum\n")
+    soundfile.write(tmp_path / "sounds" / "b.wav", np.zeros(0), 16000)
+    assert "b.wav: empty, 0 samples" in refused("train.py", *run)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_recording_that_is_not_a_number_is_named(num_workers, refused, tmp_path):
+    run = recordings(tmp_path / "sounds", "file_name,caption\na.wav,a hum\nb.wav,a hum\n")
+    bad = np.full(SAMPLES, np.nan, dtype=np.float32)
+    soundfile.write(tmp_path / "sounds" / "b.wav", bad, 16000, subtype="FLOAT")
+    assert "b.wav: holds NaN or infinity" in refused("train.py", *run, f"num_workers={num_workers}")
+
+
+def test_another_config_than_the_runs_is_refused_with_the_keys_that_differ(runs, refused):
+    before = (runs / "vae" / "config.yaml").read_bytes()
+    line = refused("train.py", *VAE_RUN, f"runs={runs}", "run=vae", "optimizer.lr=0.5", "seed=3")
+    assert "optimizer.lr: 0.0001 -> 0.5" in line and "seed: 0 -> 3" in line and "choose run=NAME" in line
+    assert (runs / "vae" / "config.yaml").read_bytes() == before
+
+
+def test_another_front_end_than_the_parts_were_trained_with_is_refused(runs, refused, tmp_path):
+    run = (*STAGES["unet"], *BRIEF, *SHORT_CLIPS, *part_paths(runs), "audio.fmin=50", f"runs={tmp_path}")
+    assert "was trained on another audio front end (fmin: 0 -> 50)" in refused("train.py", *run)
+
+
+def test_a_part_of_the_wrong_kind_is_refused(runs, refused, tmp_path):
+    wrong = f"vae.path={runs}/clap/weights/clap.safetensors"
+    run = (*STAGES["unet"], *BRIEF, *SHORT_CLIPS, *part_paths(runs), wrong, f"runs={tmp_path}")
+    assert "clap.safetensors" in refused("train.py", *run)
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (("prompt=rain",), "no value for weights"),
+        (("weights={runs}/ldm/weights",), 'give either prompt="..." or prompts=FILE'),
+        (
+            ("weights={runs}/ldm/weights", "prompt=rain", "prompts=x.txt"),
+            'give either prompt="..." or prompts=FILE',
+        ),
+        (("weights={runs}/ldm/weights", "prompts=no/file.txt"), "prompts=no/file.txt: no such file"),
+        (("weights={runs}/ldm/weights", "prompts={tmp}/blank.txt"), "blank.txt: expected one prompt a line"),
+        (("weights={runs}/ldm/weights", "prompt=rain", "num_steps=0"), "num_steps=0: expected 1 to 1000"),
+        (("weights={runs}/ldm/weights", "prompt=rain", "duration=0"), "duration=0"),
+        (("weights={runs}/nowhere", "prompt=rain"), "nowhere"),
+        (("weights={runs}/vae", "prompt=rain"), "vae: holds no system.json"),
+        (
+            ("weights={runs}/ldm/weights", "prompt=rain", "vocoder.path={runs}/none.safetensors"),
+            "none.safetensors",
+        ),
+        (("weights={runs}/ldm/weights", "prompt=rain", "out={tmp}/full"), "full holds samples already"),
+    ],
+)
+def test_what_cannot_be_sampled_is_named(arguments, named, runs, refused, tmp_path):
+    (tmp_path / "blank.txt").write_text("\n \n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "samples.jsonl").write_text("{}")
+    given = [argument.format(runs=runs, tmp=tmp_path) for argument in arguments]
+    out = [] if any(argument.startswith("out=") for argument in given) else [f"out={tmp_path}/out"]
+    assert named in refused("sample.py", *given, *out)
+    assert not (tmp_path / "out").exists()
