@@ -33,7 +33,7 @@ NUM_PROMPTS = 48
 SAMPLE_SEEDS = (0, 1, 2)
 DURATION = 2.56  # seconds
 ENCODED = 2048  # clips that the UNet is trained on
-SAMPLING = ("num_steps=25", "guidance_scale=2.0", "batch_size=24", "overwrite=true")
+SAMPLING = ("num_steps=25", "guidance_scale=1.5", "batch_size=24", "overwrite=true")
 COLUMNS = ("chance", "shuffled", "right", "ceiling")
 
 
