@@ -27,6 +27,9 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 """Keys that may differ when a run is continued: how long it goes on, where, and what it tells."""
 
+TRAINING_ONLY = {"dropout", "drop_path", "spec_augment"}
+"""Arguments of networks that change how they train and not what they are."""
+
 NEVER_STOPS = 2**40
 
 
@@ -133,7 +136,32 @@ def build_objective(cfg: DictConfig, captions: list[str]) -> Objective:
         if not hasattr(part, "recipe"):
             part.recipe = plain(cfg.objective[name])
     check_front_ends(objective, cfg)
+    start_from_weights(objective, cfg)
     return objective
+
+
+def start_from_weights(objective: Objective, cfg: DictConfig) -> None:
+    """`init=PATH`, or a list of them: what learns begins with the weights there, the EMA with the same.
+
+    InputError where none of its networks is there, or one of another architecture.
+    """
+    init = cfg.get("init")
+    for path in [init] if isinstance(init, str) else init or []:
+        networks, latent_scale = pretrained.load_parts(path, tuple(objective.networks()))
+        for name, network in networks.items():
+            top, *below = name.split(".")
+            recipe = getattr(objective, top).recipe
+            for key in below:
+                recipe = recipe[key]
+            differing = [d for d in differences(network.recipe, recipe) if not TRAINING_ONLY & words(d)]
+            if differing:
+                raise InputError(f"init={path}: its {name} is another network ({'; '.join(differing)})")
+        objective.start_from(networks, latent_scale=latent_scale)
+
+
+def words(difference: str) -> set[str]:
+    """The parts of the key in a line of `differences`."""
+    return set(difference.partition(":")[0].split("."))
 
 
 def check_front_ends(objective: Objective, cfg: DictConfig) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ldm_audio.audio.mel import LogMel
 from ldm_audio.convert import exports
 from ldm_audio.convert.describe import describe_names, describe_own, describe_source
-from ldm_audio.convert.parts import Part, Source
+from ldm_audio.convert.parts import Part, Source, located
 from ldm_audio.convert.rules import Rule
 from ldm_audio.convert.sources import local, open_source
 from ldm_audio.convert.stored import open_file, open_safetensors, read_json, write_safetensors
@@ -74,7 +74,12 @@ def is_own(path: Path) -> bool:
     """Whether `path` is a system's folder or a network file that this package wrote."""
     if path.is_dir():
         return (path / "system.json").is_file()
-    return path.suffix == ".safetensors" and open_safetensors(path)[0].get("format") == FORMAT
+    if path.suffix != ".safetensors":
+        return False
+    written = open_safetensors(path)[0].get("format", "")
+    if written != FORMAT and written.startswith("ldm_audio.network/"):
+        raise InputError(f"{path}: format {written}, expected {FORMAT}")
+    return written == FORMAT
 
 
 def load_network(
@@ -104,6 +109,29 @@ def load_network(
     if isinstance(network, CLAP) and network.text_tower is not None:
         warn_if_collapsed(network, source.tokenizer and load_tokenizer(source.tokenizer), path)
     return network
+
+
+def load_parts(path: str | Path, names: tuple[str, ...]) -> tuple[dict[str, nn.Module], float | None]:
+    """Of what is at `path`, the networks in or below `names` (`clap.audio_tower`), and its `latent_scale`.
+
+    InputError where there is none of them.
+    """
+    path = local(path)
+    scale = None
+    if is_own(path):
+        files = [path / f"{name}.safetensors" for name in names] if path.is_dir() else [path]
+        scale = read_system(path)["latent_scale"] if path.is_dir() else None
+        networks = [own_network(file) for file in files if file.exists()]
+        found = {PART_OF[network.recipe["_target_"]]: network for network in networks}
+    else:
+        source = open_source(path)
+        tell(source)
+        scale = source.system and source.system["latent_scale"]
+        found = {name: build_part(p) for name, p in source.parts.items() if name.split(".")[0] in names}
+    found = {name: network for name, network in found.items() if name.split(".")[0] in names}
+    if not found:
+        raise InputError(f"{path}: holds no weights of {', '.join(names)}, which is to begin with them")
+    return found, scale
 
 
 def own_network(path: Path) -> nn.Module:
@@ -260,13 +288,14 @@ def load_system(
     if vocoder is not None:
         parts["vocoder"] = load_network(vocoder, part="vocoder")
     warn_if_collapsed(parts["clap"], words, path)
-    pipeline = TextToAudio(
-        **parts,
-        tokenizer=words,
-        schedule=Schedule(**system["schedule"]),
-        mel=LogMel(**system["mel"]),
-        latent_scale=system["latent_scale"],
-    )
+    with located(path):
+        pipeline = TextToAudio(
+            **parts,
+            tokenizer=words,
+            schedule=Schedule(**system["schedule"]),
+            mel=LogMel(**system["mel"]),
+            latent_scale=float(system["latent_scale"]),
+        )
     return pipeline.to(device)
 
 
@@ -357,7 +386,9 @@ def convert(
             write_safetensors(temporary, states[name], part.convert(states[name]), header=header)
     if words is not None:
         words.save(folder / "tokenizer.json")
-        warn_if_collapsed(own_network(files["clap"]), words, path)
+        warn_if_collapsed(
+            build_part(source.parts["clap"]), words, path
+        )  # of pages that are in memory already
     if source.system is not None:
         write_system(out, source.system | {"licence": licence})
     return source

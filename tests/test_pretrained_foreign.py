@@ -285,8 +285,6 @@ def test_transformers_clap_folders_embed_the_same_there_and_back(tmp_path, fused
     ):
         is_longer = torch.tensor(longer)
         expected = theirs.get_audio_features(mel, is_longer=is_longer[:, None]).pooler_output
-        if fused and not any(longer):
-            continue  # transformers marks one at random
         assert (ours.embed_mel(mel, is_longer) - expected).abs().max() < 1e-5
 
     pretrained.convert(tmp_path / "theirs", tmp_path / "ours")

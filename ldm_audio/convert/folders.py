@@ -34,7 +34,7 @@ def open_pipeline(folder: Path, *, heads: str) -> Source:
     Raises:
         InputError: another pipeline, a component that is missing, or a setting that has no equal here.
     """
-    name = read_json(folder / "model_index.json").get("_class_name")
+    name = str(read_json(folder / "model_index.json").get("_class_name"))
     if name not in PIPELINES:
         raise InputError(f"{folder}: a {name}, expected {' or '.join(PIPELINES)}")
     if missing := [part for part in (*COMPONENTS, "scheduler") if not (folder / part).is_dir()]:
@@ -73,12 +73,16 @@ def read_schedule(path: Path) -> tuple[dict[str, Any], list[str]]:
     """Arguments of `Schedule`, and in which settings that folder's sampling differs from ours."""
     config = SCHEDULER_DEFAULTS | read_json(path)
     for key, known in (("beta_schedule", SCHEDULES), ("prediction_type", PREDICTIONS)):
-        if config[key] not in known:
+        if str(config[key]) not in known:
             raise InputError(f"{path}: {key} {config[key]!r} is not supported, only {', '.join(known)}")
     for key in ("trained_betas", "rescale_betas_zero_snr"):
         if config[key]:
             raise InputError(f"{path}: {key} is set, which is not supported")
-    differing = [f"{key}={config[key]}" for key, ours in SAMPLED_AS.items() if config[key] != ours]
+    differing = [
+        f"{key}={config[key]}"
+        for key, ours in SAMPLED_AS.items()
+        if config[key] != ours and (config[key] or ours)  # None and False both mean: without
+    ]
     schedule = {
         "num_timesteps": config["num_train_timesteps"],
         "beta_start": config["beta_start"],
@@ -96,7 +100,7 @@ def open_network(folder: Path, *, heads: str) -> Source:
         InputError: a kind that is not known, or a setting that has no equal here.
     """
     config = read_json(folder / "config.json")
-    kind = config.get("model_type") or config.get("_class_name")
+    kind = str(config.get("model_type") or config.get("_class_name"))
     if kind not in KINDS:
         raise InputError(f"{folder / 'config.json'}: {kind!r} is not one of {', '.join(KINDS)}")
     tensors, file = open_folder(folder)

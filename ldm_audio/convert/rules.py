@@ -280,7 +280,14 @@ def few(items: Iterable[str], describe: Callable[[str], str] = str) -> str:
 
 def cat_rows(*tensors: Tensor) -> Tensor:
     """Several tensors one below the other: query, key and value into one."""
+    check_same_dtype(*tensors)
     return torch.cat(tensors)
+
+
+def check_same_dtype(*tensors: Tensor) -> None:
+    """ValueError where torch would join numbers of different kinds in silence."""
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        raise ValueError(f"dtypes {', '.join(str(tensor.dtype) for tensor in tensors)} differ")
 
 
 def split_rows(parts: int) -> Transform:
@@ -296,5 +303,6 @@ def split_rows(parts: int) -> Transform:
 
 def fold_weight_norm(norm: Tensor, direction: Tensor) -> Tensor:
     """weight_g and weight_v -> weight: each slice along the first axis, scaled to its norm."""
+    check_same_dtype(norm, direction)
     axes = tuple(range(1, direction.ndim))
     return direction * (norm / torch.linalg.vector_norm(direction, dim=axes, keepdim=True))

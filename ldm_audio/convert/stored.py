@@ -182,7 +182,7 @@ def open_shards(index: Path) -> Tensors:
         raise InputError(f"{index}: has no weight_map of names to files")
     entries: dict[str, Stored] = {}
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file or "\\" in file:
+        if Path(file).name != file or file == ".." or "\\" in file:
             raise InputError(f"{index}: names {file!r}, which is not a file beside it")
         shard = open_file(index.parent / file)
         said = {name for name, where in weight_map.items() if where == file}

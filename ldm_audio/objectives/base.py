@@ -62,6 +62,14 @@ class Objective(nn.Module):
     def prepare(self, batches: Iterable[dict]) -> None:
         """Called once, before the first step of a fresh run, with the first training batches."""
 
+    def start_from(self, networks: dict[str, nn.Module], *, latent_scale: float | None) -> None:
+        """Begins with the weights of trained networks, named as here: `unet`, `clap.audio_tower`.
+
+        latent_scale: what the latents of that system are multiplied by, where it is one.
+        """
+        for name, network in networks.items():
+            self.get_submodule(name).load_state_dict(network.state_dict())
+
     def validate(self, batch: dict) -> Logs:
         """Scalars of one validation batch, under `no_grad`, in eval mode, with the averaged weights."""
         return {}

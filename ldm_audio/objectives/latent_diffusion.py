@@ -63,6 +63,7 @@ class LatentDiffusionObjective(Objective):
         self.text_probability = text_probability
         self.condition_dropout = condition_dropout
         self.register_buffer("latent_scale", torch.tensor(1.0))
+        self.is_scale_known = False
         self.freeze_parts(allow_random=allow_random_frozen)
 
     def players(self) -> dict[str, list[nn.Parameter]]:
@@ -77,8 +78,11 @@ class LatentDiffusionObjective(Objective):
     def prepare(self, batches: Iterable[dict]) -> None:
         """Sets `latent_scale` to one over the standard deviation of the posterior over all of `batches`.
 
+        Not for a network that began with another's weights: it knows that one's latents.
         Sum and sum of squares are kept in float64; the mean is subtracted, as in the original's std.
         """
+        if self.is_scale_known:
+            return
         count, total, squares = 0, 0.0, 0.0
         for batch in batches:
             mean, std = self.posterior(batch)
@@ -91,6 +95,12 @@ class LatentDiffusionObjective(Objective):
                 f"the latents of the first batches have variance {variance}: is the vae trained?"
             )
         self.latent_scale.fill_(variance**-0.5)
+
+    def start_from(self, networks: dict[str, nn.Module], *, latent_scale: float | None) -> None:
+        super().start_from(networks, latent_scale=latent_scale)
+        if latent_scale is not None:
+            self.latent_scale.fill_(latent_scale)
+            self.is_scale_known = True
 
     def losses(self, batch: dict, step: int) -> Iterator[Turn]:
         loss = self.diffusion_loss(batch, step)

@@ -63,6 +63,14 @@ class VocoderObjective(Objective):
             plain.bias.copy_(normed.bias)
         return {"vocoder": folded}
 
+    @torch.no_grad()
+    def start_from(self, networks: dict[str, nn.Module], *, latent_scale: float | None) -> None:
+        """Splits the plain weights that files hold into norm and direction."""
+        pairs = zip(self.vocoder.convolutions(), networks["vocoder"].convolutions(), strict=True)
+        for normed, plain in pairs:
+            normed.weight = plain.weight.detach()  # a parameter would be registered, a tensor is split
+            normed.bias.copy_(plain.bias)
+
     def losses(self, batch: dict, step: int) -> Iterator[Turn]:
         rows = RowRandom([(self.seed, step, int(item)) for item in batch["item"]])
         real = random_segments(batch["waveform"], self.segment_samples, rows).unsqueeze(1)  # (b, 1, s)

@@ -1,6 +1,10 @@
 """Released layouts at full size: key lists load strictly on the meta device, parameters are counted."""
 
 import gzip
+import json
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -11,8 +15,9 @@ from omegaconf import OmegaConf
 from ldm_audio.convert.originals import recognise
 from ldm_audio.convert.rules import plan
 from ldm_audio.convert.stored import Tensors
+from ldm_audio.data.tokenizers import train_bpe
 from ldm_audio.errors import InputError
-from ldm_audio.pretrained import build, state_of
+from ldm_audio.pretrained import build, load_network, state_of
 
 TESTS = Path(__file__).parents[1]
 CONFIGS = TESTS.parent / "configs"
@@ -146,3 +151,46 @@ def test_channel_map_fusion_gives_the_patches_four_channels():
     found = parameters("clap/htsat_tiny_fused", **{"audio_tower.fusion": "channel_map"})
     patches = 3 * 96 * 4 * 4
     assert sum(p.numel() for p in found.values()) == 153_492_890 + patches
+
+
+CONVERT = """
+    import json, resource, sys, time
+    from ldm_audio.pretrained import convert
+    started = time.perf_counter()
+    convert(sys.argv[1], sys.argv[2], tokenizer=sys.argv[3])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps([time.perf_counter() - started, peak]))
+"""
+
+
+@pytest.mark.slow
+def test_a_full_size_checkpoint_converts_within_a_minute_and_its_own_size_of_memory(tmp_path):
+    """2.6 GB on disk, and 1.8 GB of its conversion."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, tensor in key_list("audioldm-s-full").items():
+        if tensor.dtype == torch.int64:
+            state[name] = torch.zeros(tensor.shape, dtype=torch.int64)
+        else:
+            state[name] = 0.02 * torch.randn(tensor.shape, generator=generator)
+    state["scale_factor"] = torch.tensor(0.9227914214134216)
+    samples = {name: state[name].clone() for name in ("first_stage_model.encoder.conv_in.weight",)}
+    key = "model_ema.diffusion_modelinput_blocks41transformer_blocks0attn1to_qweight"
+    samples[key] = state[key].clone()
+    path, out = tmp_path / "audioldm-s-full.ckpt", tmp_path / "ours"
+    torch.save({"state_dict": state}, path)
+    state.clear()
+    size = path.stat().st_size
+    assert size > 2.5e9
+    train_bpe(["a dog barks"], vocab_size=300, max_length=77).save(tmp_path / "tokenizer.json")
+
+    command = [sys.executable, "-c", textwrap.dedent(CONVERT), path, out, tmp_path / "tokenizer.json"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    seconds, peak = json.loads(done.stdout)
+    print(f"{seconds:.1f} s, peak {peak / size:.2f} times the file")
+    path.unlink()
+    assert seconds < 60 and peak < 1.3 * size
+    unet = load_network(out / "unet.safetensors").state_dict()
+    assert torch.equal(unet["down.1.blocks.0.transformers.0.layers.0.attn1.to_q.weight"], samples[key])
+    vae = load_network(out / "vae.safetensors").state_dict()
+    assert torch.equal(vae["encoder.conv_in.weight"], samples["first_stage_model.encoder.conv_in.weight"])
