@@ -388,7 +388,7 @@ def convert(
         words.save(folder / "tokenizer.json")
         warn_if_collapsed(
             build_part(source.parts["clap"]), words, path
-        )  # of pages that are in memory already
+        )  # its pages are in memory
     if source.system is not None:
         write_system(out, source.system | {"licence": licence})
     return source
