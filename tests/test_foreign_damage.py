@@ -85,7 +85,10 @@ def loads_right_or_complains(state: dict, parts: dict, how: str = "") -> bool:
         got = network.state_dict()
         assert got.keys() == expected.keys()
         differing = [key for key in got if not torch.equal(got[key], expected[key])]
-        # Tensors of one shape that have changed places are beyond any check of names and shapes.
+        # Tensors of one shape that have changed places are beyond any check of names and shapes; and a text
+        # table cut short is that of a smaller vocabulary or of shorter texts, which its file alone states.
+        if how == "cut":
+            differing = [key for key in differing if not key.endswith("_embed.weight")]
         assert not differing or how == "swap", (name, differing)
     return False
 
