@@ -14,6 +14,7 @@ def main(cfg: DictConfig) -> float:
     config.open_run(cfg)
     train_data, val_data = instantiate(cfg.data.train), instantiate(cfg.data.val)
     objective = config.build_objective(cfg, train_data.captions())
+    config.check_latents(objective, [train_data, val_data])
     trainer = instantiate(cfg.trainer, save_weights=config.weights_writer(cfg), _convert_="all")
     return trainer.fit(objective, config.train_loader(cfg, train_data), config.val_loader(cfg, val_data))
 

@@ -19,7 +19,7 @@ from ldm_audio.data.loader import StepBatches, make_loader, sequential_batches
 from ldm_audio.errors import InputError
 from ldm_audio.files import write_text
 from ldm_audio.objectives.base import Objective
-from ldm_audio.pipelines.encode import encode
+from ldm_audio.pipelines.encode import encode, state_hash
 
 FREE_ON_RESUME = {
     "trainer.max_steps", "lr_schedule.max_steps", "trainer.lr_schedule.max_steps", "trainer.bar_position",
@@ -171,6 +171,18 @@ def check_front_ends(objective: Objective, cfg: DictConfig) -> None:
         differing = differences(trained, plain(cfg.audio)) if trained else []
         if differing:
             raise InputError(f"{name} was trained on another audio front end ({'; '.join(differing)})")
+
+
+def check_latents(objective: Objective, data_sets: Sequence) -> None:
+    """InputError where cached latents were made by other networks than the objective's frozen ones."""
+    made_by = {item for data in data_sets for item in getattr(data, "encoders", {}).items()}
+    for name, digest in sorted(made_by):
+        if name not in objective.frozen:
+            raise InputError(
+                f"data=latents: {type(objective).__name__} learns from sound, not from cached latents"
+            )
+        if digest != state_hash(getattr(objective, name)):
+            raise InputError(f"the latents at data.path were made by another {name} than that of {name}.path")
 
 
 def weights_writer(cfg: DictConfig) -> Callable[[Objective, Path], None]:

@@ -15,8 +15,10 @@ import soundfile
 
 import ldm_audio
 from ldm_audio.audio.io import read_audio, write_wav
-from ldm_audio.pretrained import load
+from ldm_audio.pretrained import load, save_network
 from ldm_audio.training.checkpoint import load_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*CLAP's text tower")  # two steps do not teach it much
 
 CHECKOUT = Path(ldm_audio.__file__).parents[1]
 SAMPLES = 10240  # 0.64 s
@@ -318,6 +320,18 @@ def test_another_config_than_the_runs_is_refused_with_the_keys_that_differ(runs,
 def test_another_front_end_than_the_parts_were_trained_with_is_refused(runs, refused, tmp_path):
     run = (*STAGES["unet"], *BRIEF, *SHORT_CLIPS, *part_paths(runs), "audio.fmin=50", f"runs={tmp_path}")
     assert "was trained on another audio front end (fmin: 0 -> 50)" in refused("train.py", *run)
+
+
+def test_latents_of_other_networks_are_refused(runs, refused, tmp_path):
+    vae = load(str(runs / "vae" / "weights" / "vae.safetensors"))
+    vae.quant_conv.bias[0] += 1
+    save_network(vae, tmp_path / "vae.safetensors", recipe=vae.recipe, provenance=vae.provenance)
+    run = (*BRIEF, "data=latents", f"data.path={runs}/latents", f"runs={tmp_path}")
+    parts = (*part_paths(runs), f"vae.path={tmp_path}/vae.safetensors")
+    line = refused("train.py", *STAGES["unet"], *run, *parts)
+    assert "the latents at data.path were made by another vae than that of vae.path" in line
+    clap = [setting for setting in STAGES["clap"] if not setting.startswith("data")]
+    assert "ContrastiveObjective learns from sound" in refused("train.py", *clap, *run)
 
 
 def test_a_part_of_the_wrong_kind_is_refused(runs, refused, tmp_path):

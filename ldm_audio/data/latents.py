@@ -7,7 +7,8 @@ holds the captions and the hashes of the networks that made it. `ldm-audio encod
 import json
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ldm_audio.data.loader import ItemKey
 from ldm_audio.errors import InputError
@@ -18,7 +19,7 @@ TENSORS = ("z_mean", "z_std", "audio_embed")
 class Latents:
     """The encoded clips of a folder; items hold `z_mean`, `z_std` (c, t, f), `audio_embed` (d,), `caption`.
 
-    Raises InputError for a folder without shards, or with shards of different encoders.
+    Raises InputError for a folder without shards, with damaged ones, or with shards of different encoders.
     """
 
     def __init__(self, *, path: str):
@@ -30,9 +31,8 @@ class Latents:
         self._captions: list[str] = []
         made_by = set()
         for number, shard in enumerate(paths):
-            with safe_open(shard, framework="pt") as file:
-                header = file.metadata()
-                self.tensors.append({name: file.get_tensor(name) for name in TENSORS})
+            header, tensors = read_shard(shard)
+            self.tensors.append(tensors)
             made_by.add(header["encoders"])
             captions = json.loads(header["captions"])
             self.places += [(number, row) for row in range(len(captions))]
@@ -54,3 +54,18 @@ class Latents:
         index = key if isinstance(key, int) else key.index
         shard, row = self.places[index]
         return {name: self.tensors[shard][name][row] for name in TENSORS} | {"caption": self._captions[index]}
+
+
+def read_shard(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of a shard; InputError if it is damaged or something else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in TENSORS}
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a readable shard of latents ({error})") from error
+    if not {"captions", "encoders"} <= header.keys():
+        raise InputError(
+            f"{path}: its header has no captions and encoders; `ldm-audio encode` did not write it"
+        )
+    return header, tensors

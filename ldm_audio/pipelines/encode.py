@@ -28,8 +28,10 @@ def encode(
     """Writes `folder/shard_00000.safetensors` and so on from batches of `waveform` and `caption`.
 
     Returns the number of clips; calls `progress(clips)` after each batch. A shard is written to a temporary
-    name and renamed.
+    name and renamed; those of an earlier encoding into the same folder are removed.
     """
+    for earlier in folder.glob("shard_*.safetensors"):
+        earlier.unlink()
     encoders = {"vae": state_hash(vae), "clap": state_hash(clap)}
     rows: dict[str, list[Tensor]] = {"z_mean": [], "z_std": [], "audio_embed": []}
     captions: list[str] = []
