@@ -386,9 +386,7 @@ def convert(
             write_safetensors(temporary, states[name], part.convert(states[name]), header=header)
     if words is not None:
         words.save(folder / "tokenizer.json")
-        warn_if_collapsed(
-            build_part(source.parts["clap"]), words, path
-        )  # its pages are in memory
+        warn_if_collapsed(build_part(source.parts["clap"]), words, path)  # its pages are in memory
     if source.system is not None:
         write_system(out, source.system | {"licence": licence})
     return source
