@@ -216,6 +216,14 @@ def test_accumulation_equals_the_big_batch(tmp_path):
         assert ones == pytest.approx(threes, rel=1e-6)
 
 
+def test_resume_with_accumulation_goes_on_with_the_next_batches(tmp_path):
+    for name, sessions in (("straight", [4]), ("resumed", [1, 4])):
+        for max_steps in sessions:
+            made = toys.objective("latent_diffusion").double()
+            trainer(tmp_path / name, max_steps=max_steps, accumulate=2).fit(made, cached(2), [])
+    assert_same(state(tmp_path / "straight"), state(tmp_path / "resumed"))
+
+
 @pytest.mark.parametrize("name", ["vae", "vocoder", "contrastive"])
 def test_objectives_that_cannot_be_accumulated_refuse(name, tmp_path):
     with pytest.raises(InputError, match=r"trainer\.accumulate=2: .*Objective takes only 1"):
