@@ -72,6 +72,11 @@ class Roberta(nn.Module):
         dropout: float,
     ):
         super().__init__()
+        numbers = {"vocab_size": vocab_size, "dim": dim, "depth": depth, "num_heads": num_heads}
+        numbers |= {"ff_dim": ff_dim, "max_positions": max_positions, "pad_token": pad_token}
+        for name, value in (numbers | {"layer_norm_eps": layer_norm_eps, "dropout": dropout}).items():
+            if not isinstance(value, float | int):
+                raise InputError(f"{name}={value!r}: expected a number")
         if dim % num_heads:
             raise InputError(f"dim={dim} is not divisible by num_heads={num_heads}")
         self.vocab_size = vocab_size
