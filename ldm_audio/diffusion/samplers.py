@@ -29,20 +29,23 @@ from ldm_audio.errors import InputError
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[..., Tensor]
 BeforeStep = Callable[[Tensor, Tensor], Tensor]
-Spacing = Literal["leading", "linspace", "trailing"]
+Spacing = Literal["leading", "linspace", "trailing", "log_snr"]
 
 FEW_STEPS = 15  # below this, DPM-Solver's authors make the last step first-order
 RUNGE_KUTTA_STEPS = 3
 
 
-def timestep_grid(num_steps: int, num_timesteps: int, spacing: Spacing) -> Tensor:
-    """(num_steps,) int64, descending: at which of `num_timesteps` time steps to call the network.
+def timestep_grid(num_steps: int, schedule: Schedule, spacing: Spacing) -> Tensor:
+    """(num_steps,) int64, descending: at which of the schedule's time steps to call the network.
 
     `leading`: multiples of num_timesteps // num_steps, plus 1, as the released models are sampled (plus 0
     where every time step is used and 1 would lead past the end); `linspace`: evenly from the last to 0;
-    `trailing`: evenly from the last, 0 left out (arXiv 2305.08891, table 2).
+    `trailing`: evenly from the last, 0 left out (arXiv 2305.08891, table 2); `log_snr`: from the last, with
+    steps that are even in the logarithm of the signal-to-noise ratio, that to the samplers' end included, as
+    far as whole time steps allow (what DPM-Solver's arXiv 2206.00927, appendix C.4, calls uniform lambda).
     Raises InputError for a spacing of another name or steps outside 1 to num_timesteps.
     """
+    num_timesteps = schedule.num_timesteps
     if not 1 <= num_steps <= num_timesteps:
         raise InputError(f"num_steps={num_steps}: expected 1 to {num_timesteps}")
     if spacing == "leading":
@@ -52,8 +55,16 @@ def timestep_grid(num_steps: int, num_timesteps: int, spacing: Spacing) -> Tenso
         steps = np.linspace(0, num_timesteps - 1, max(num_steps, 2)).round()[::-1][:num_steps]
     elif spacing == "trailing":
         steps = np.arange(num_timesteps, 0, -num_timesteps / num_steps)[:num_steps].round() - 1
+    elif spacing == "log_snr":
+        log_snr = np.array([half_log_snr(alpha) for alpha in schedule.alphas_cumprod.tolist()])
+        wanted = np.linspace(log_snr[0], log_snr[-1], num_steps + 1)[1:]  # ascending time steps, falling SNR
+        steps = np.interp(-wanted, -log_snr, np.arange(num_timesteps)).round()
+        # Near the clean end they crowd: each keeps the next whole number, and room for those before it.
+        order = np.arange(num_steps)
+        steps = np.maximum.accumulate(np.maximum(steps - order, int(num_steps < num_timesteps))) + order
+        steps = np.minimum(steps, num_timesteps - num_steps + order)[::-1]
     else:
-        raise InputError(f"spacing={spacing!r}: expected 'leading', 'linspace' or 'trailing'")
+        raise InputError(f"spacing={spacing!r}: expected 'leading', 'linspace', 'trailing' or 'log_snr'")
     return torch.from_numpy(steps.astype(np.int64))
 
 
@@ -164,10 +175,13 @@ def dpm_solver(
     schedule: Schedule,
     noise: Noise,
     before_step: BeforeStep | None = None,
+    *,
+    stochastic: bool = False,
 ) -> Tensor:
     """DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2): the clean latents extrapolated from two steps.
 
-    The first step is of first order, and so is the last of fewer than 15. `noise` is not used.
+    The first step is of first order, and so is the last of fewer than 15. stochastic: solve the diffusion's
+    stochastic equation instead of its flow (same paper, section 4.3), which takes noise at each step.
     """
     x0_before, h_before = None, 0.0
     for i, (t, alpha, alpha_next) in enumerate(transitions(timesteps, schedule)):
@@ -175,9 +189,58 @@ def dpm_solver(
         h = half_log_snr(alpha_next) - half_log_snr(alpha)
         lower_order = x0_before is None or (i + 1 == len(timesteps) < FEW_STEPS)
         ahead = x0 if lower_order else x0 + h / (2 * h_before) * (x0 - x0_before)
-        z = ((1 - alpha_next) / (1 - alpha)) ** 0.5 * zt - alpha_next**0.5 * np.expm1(-h).item() * ahead
+        z = exponential_step(zt, ahead, alpha, alpha_next, decay=2 * h if stochastic else h)
+        if stochastic:
+            z = z + ((1 - alpha_next) * -np.expm1(-2 * h).item()) ** 0.5 * noise(*zt.shape[1:]).to(zt)
         x0_before, h_before = x0, h
     return z
+
+
+def unipc(
+    denoiser: Denoiser,
+    z: Tensor,
+    timesteps: Tensor,
+    schedule: Schedule,
+    noise: Noise,
+    before_step: BeforeStep | None = None,
+) -> Tensor:
+    """UniPC of order 2 (arXiv 2302.04867, B2): DPM-Solver++ 2M, each step of which is corrected afterwards.
+
+    The correction takes what the network says at the step's end, which the next step needs anyway: it costs
+    no call. The first and the last step are of first order. `noise` is not used.
+    """
+    last: tuple[Tensor, Tensor, float, float, Tensor | None] | None = None  # what the last step went by
+    h_before = 0.0
+    for i, (t, alpha, alpha_next) in enumerate(transitions(timesteps, schedule)):
+        zt, x0, _ = denoise(denoiser, z, t, schedule, before_step)
+        h = half_log_snr(alpha_next) - half_log_snr(alpha)
+        slope = None
+        if last is not None:
+            z_from, x0_from, alpha_from, h_from, slope_from = last
+            ahead = x0_from + unipc_correction(x0 - x0_from, slope_from, h_from, h_before)
+            zt = zt + exponential_step(z_from, ahead, alpha_from, alpha, decay=h_from) - z
+            slope, h_before = (x0 - x0_from) / h_from, h_from
+        if i + 1 == len(timesteps):
+            slope = None
+        z = exponential_step(zt, x0 if slope is None else x0 + h / 2 * slope, alpha, alpha_next, decay=h)
+        last = zt, x0, alpha, h, slope
+    return z
+
+
+def unipc_correction(change: Tensor, slope: Tensor | None, h: float, h_before: float) -> Tensor:
+    """What to add to the clean latents of a step's start now that `change`, their way to its end, is known.
+
+    slope: their change per unit of half the log-SNR in the step before, or None after a step of first order;
+    h, h_before: both steps in that unit. UniPC's algorithm 1 with its two conditions solved by hand.
+    """
+    if slope is None:
+        return change / 2
+    phi1 = np.expm1(-h).item()
+    phi2 = -phi1 / h - 1
+    phi3 = -phi2 / h - 0.5
+    first, second = phi2 / phi1, 2 * phi3 / phi1
+    weight = (first - second) / (1 + h_before / h)
+    return weight * h * slope + (first - weight) * change
 
 
 def transitions(
@@ -220,6 +283,16 @@ def extrapolate(history: list[Tensor]) -> Tensor:
         4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
     }
     return sum(weight * value for weight, value in zip(weights[len(history)], history))
+
+
+def exponential_step(zt: Tensor, x0: Tensor, alpha: float, alpha_next: float, *, decay: float) -> Tensor:
+    """The step of DPM-Solver++ with `x0` for the whole way: the old latent fades by `decay`, `x0` fills up.
+
+    decay: the step in half the log-SNR along the flow, twice that for the stochastic equation.
+    """
+    flow = half_log_snr(alpha_next) - half_log_snr(alpha)
+    kept = ((1 - alpha_next) / (1 - alpha)) ** 0.5 * np.exp(flow - decay).item()
+    return kept * zt - alpha_next**0.5 * np.expm1(-decay).item() * x0
 
 
 def half_log_snr(alpha: float) -> float:

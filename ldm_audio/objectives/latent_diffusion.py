@@ -159,7 +159,7 @@ class LatentDiffusionObjective(Objective):
         shape = self.posterior(batch)[0].shape[1:]
         rows = RowRandom([(self.seed, VALIDATION_STEP, i) for i in range(len(captions))])
         z = rows.randn(*shape).to(device)
-        steps = timestep_grid(25, self.schedule.num_timesteps, "leading")
+        steps = timestep_grid(25, self.schedule, "leading")
         z0 = partial(ddim, eta=0.0)(denoiser, z, steps, self.schedule, rows.randn)
         mel = self.vae.decode(z0 / self.latent_scale)
         if self.vocoder is None:

@@ -117,7 +117,7 @@ class TextToAudio:
         Raises InputError for what cannot be sampled; the message names the argument.
         """
         self.check(prompts, prompt_embeds, negative_prompts, duration, num_waveforms_per_prompt, batch_size)
-        timesteps = timestep_grid(num_steps, self.schedule.num_timesteps, spacing)
+        timesteps = timestep_grid(num_steps, self.schedule, spacing)
         num_samples = round(duration * self.mel.sample_rate)
         shape = self.latent_shape(num_samples)
 

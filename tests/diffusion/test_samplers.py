@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 
-from ldm_audio.diffusion.samplers import ddim, ddpm, dpm_solver, pndm, timestep_grid
+from ldm_audio.diffusion.samplers import ddim, ddpm, dpm_solver, half_log_snr, pndm, timestep_grid, unipc
 from ldm_audio.diffusion.schedule import Schedule
 from ldm_audio.errors import InputError
 from ldm_audio.randomness import RowRandom
@@ -26,7 +26,10 @@ ALL_SAMPLERS = {
     "plms": PLMS,
     "runge_kutta": RUNGE_KUTTA,
     "dpm_solver": dpm_solver,
+    "dpm_solver_sde": partial(dpm_solver, stochastic=True),
+    "unipc": unipc,
 }
+SPACINGS = ["leading", "linspace", "trailing", "log_snr"]
 
 
 def make_schedule(prediction="eps"):
@@ -79,10 +82,10 @@ def draws():
 # The grid
 
 
-@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("spacing", SPACINGS)
 def test_every_step_count_gives_a_descending_grid_inside_the_schedule(spacing):
     for num_steps in range(1, 1001):
-        grid = timestep_grid(num_steps, 1000, spacing)
+        grid = timestep_grid(num_steps, make_schedule(), spacing)
         assert grid.dtype == torch.int64 and grid.shape == (num_steps,)
         assert (grid.diff() < 0).all() and 0 <= grid[-1] <= grid[0] < 1000
 
@@ -93,35 +96,56 @@ def test_grids_equal_diffusers_wherever_it_has_one(spacing):
     for num_steps in range(2, 1000):
         peer.set_timesteps(num_steps)
         theirs = peer.timesteps[peer.timesteps >= 0]  # its trailing grid sometimes ends in a surplus -1
-        assert torch.equal(timestep_grid(num_steps, 1000, spacing), theirs), num_steps
+        assert torch.equal(timestep_grid(num_steps, make_schedule(), spacing), theirs), num_steps
 
 
 def test_known_grids():
-    assert timestep_grid(10, 1000, "leading").tolist() == list(range(901, 0, -100))
-    assert timestep_grid(7, 1000, "leading").tolist() == [853, 711, 569, 427, 285, 143, 1]
-    assert timestep_grid(1, 1000, "leading").tolist() == [1]
-    assert timestep_grid(1, 1000, "linspace").tolist() == [999]
-    assert timestep_grid(1, 1000, "trailing").tolist() == [999]
-    assert timestep_grid(1000, 1000, "leading").tolist() == list(range(999, -1, -1))
+    assert timestep_grid(10, make_schedule(), "leading").tolist() == list(range(901, 0, -100))
+    assert timestep_grid(7, make_schedule(), "leading").tolist() == [853, 711, 569, 427, 285, 143, 1]
+    assert timestep_grid(1, make_schedule(), "leading").tolist() == [1]
+    assert timestep_grid(1, make_schedule(), "linspace").tolist() == [999]
+    assert timestep_grid(1, make_schedule(), "trailing").tolist() == [999]
+    assert timestep_grid(1000, make_schedule(), "leading").tolist() == list(range(999, -1, -1))
+
+
+def test_log_snr_steps_are_as_even_as_whole_time_steps_allow():
+    """Each step's own time within half a step of its place, but at the crowded clean end."""
+    schedule = make_schedule()
+    log_snr = [half_log_snr(alpha) for alpha in schedule.alphas_cumprod.tolist()]
+    assert timestep_grid(1, schedule, "log_snr").tolist() == [999]
+    assert timestep_grid(1000, schedule, "log_snr").tolist() == list(range(999, -1, -1))
+    for num_steps in (2, 5, 10, 16):
+        grid = timestep_grid(num_steps, schedule, "log_snr").tolist()
+        places = torch.linspace(log_snr[-1], log_snr[0], num_steps + 1)[:-1].tolist()
+        for t, place in zip(grid, places):
+            assert log_snr[min(t + 1, 999)] <= place + 1e-6 and place <= log_snr[t - 1] + 1e-6
+    crowded = timestep_grid(200, schedule, "log_snr")
+    assert crowded[-5:].tolist() == [5, 4, 3, 2, 1] and crowded[0] == 999
 
 
 @pytest.mark.parametrize("num_steps", [0, -1, 1001])
 def test_step_counts_outside_the_schedule_are_refused(num_steps):
     with pytest.raises(InputError, match=f"num_steps={num_steps}: expected 1 to 1000"):
-        timestep_grid(num_steps, 1000, "leading")
+        timestep_grid(num_steps, make_schedule(), "leading")
 
 
 def test_unknown_names_and_impossible_grids_are_refused():
     with pytest.raises(InputError, match="spacing='even'"):
-        timestep_grid(10, 1000, "even")
+        timestep_grid(10, make_schedule(), "even")
     arguments = network(), start()
     for timesteps in ([], [1, 2], [5, 5], [1000, 1], [3, -1]):
         with pytest.raises(InputError, match="descending"):
             ddim(*arguments, torch.tensor(timesteps), make_schedule(), None, eta=0.0)
     with pytest.raises(InputError, match=r"eta=1\.5"):
-        ddim(*arguments, timestep_grid(5, 1000, "leading"), make_schedule(), None, eta=1.5)
+        ddim(*arguments, timestep_grid(5, make_schedule(), "leading"), make_schedule(), None, eta=1.5)
     with pytest.raises(InputError, match="variance='learned'"):
-        ddpm(*arguments, timestep_grid(5, 1000, "leading"), make_schedule(), None, variance="learned")
+        ddpm(
+            *arguments,
+            timestep_grid(5, make_schedule(), "leading"),
+            make_schedule(),
+            None,
+            variance="learned",
+        )
 
 
 # Against diffusers
@@ -135,7 +159,7 @@ def test_ddim_equals_diffusers(num_steps, prediction, eta):
     peer.set_timesteps(num_steps)
     model, (noise, variance_noise) = network(prediction), draws()
     theirs = run_peer(peer, model, start().double(), eta=lambda: eta, variance_noise=variance_noise)
-    grid = timestep_grid(num_steps, 1000, "leading")
+    grid = timestep_grid(num_steps, make_schedule(), "leading")
     ours = ddim(model, start().double(), grid, make_schedule(prediction), noise, eta=eta)
     assert (ours - theirs).abs().max() < 1e-9
 
@@ -146,7 +170,7 @@ def test_plms_equals_diffusers(num_steps, prediction):
     peer = make_peer("PNDMScheduler", steps_offset=1, skip_prk_steps=True)
     peer.set_timesteps(num_steps)
     theirs = run_peer(peer, network("eps"), start().double())  # it combines v itself: see the test of that
-    grid = timestep_grid(num_steps, 1000, "leading")
+    grid = timestep_grid(num_steps, make_schedule(), "leading")
     ours = PLMS(network(prediction), start().double(), grid, make_schedule(prediction), None)
     assert (ours - theirs).abs().max() < 1e-9
 
@@ -157,7 +181,7 @@ def test_runge_kutta_equals_diffusers(num_steps, prediction):
     peer = make_peer("PNDMScheduler", steps_offset=1, skip_prk_steps=False)
     peer.set_timesteps(num_steps)
     theirs = run_peer(peer, network("eps"), start().double())
-    grid = timestep_grid(num_steps, 1000, "leading")
+    grid = timestep_grid(num_steps, make_schedule(), "leading")
     ours = RUNGE_KUTTA(network(prediction), start().double(), grid, make_schedule(prediction), None)
     # Where the spacing is odd, diffusers moves half-way to one time step and names the network the one below.
     tolerance = 1e-9 if 1000 // num_steps % 2 == 0 else 1e-5
@@ -167,7 +191,7 @@ def test_runge_kutta_equals_diffusers(num_steps, prediction):
 @pytest.mark.parametrize("num_steps", [1, 2, 5, 7, 14, 15, 20, 50, 200])
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 def test_dpm_solver_equals_diffusers_on_the_same_grid(num_steps, prediction):
-    grid = timestep_grid(num_steps, 1000, "leading")
+    grid = timestep_grid(num_steps, make_schedule(), "leading")
     peer = make_peer(
         "DPMSolverMultistepScheduler", prediction_type=THEIRS[prediction], final_sigmas_type="sigma_min"
     )
@@ -175,6 +199,35 @@ def test_dpm_solver_equals_diffusers_on_the_same_grid(num_steps, prediction):
     theirs = run_peer(peer, network(prediction), start().double())
     ours = dpm_solver(network(prediction), start().double(), grid, make_schedule(prediction), None)
     assert (ours - theirs).abs().max() < 1e-5  # its sigmas are float32 whatever the alphas
+
+
+@pytest.mark.parametrize("num_steps", [1, 5, 7, 14, 15, 20, 50, 200])
+def test_stochastic_dpm_solver_equals_diffusers_on_the_same_grid(num_steps):
+    grid = timestep_grid(num_steps, make_schedule(), "leading")
+    peer = make_peer(
+        "DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++", final_sigmas_type="sigma_min"
+    )
+    peer.set_timesteps(timesteps=grid.tolist())
+    noise, variance_noise = draws()
+    theirs = run_peer(peer, network(), start().double(), variance_noise=variance_noise)
+    ours = ALL_SAMPLERS["dpm_solver_sde"](network(), start().double(), grid, make_schedule(), noise)
+    assert (ours - theirs).abs().max() < 1e-5  # its sigmas and its noise are float32
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 7, 10, 20, 50, 200])
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_unipc_equals_diffusers_on_the_same_grid(num_steps, prediction):
+    grid, schedule = timestep_grid(num_steps, make_schedule(), "log_snr"), make_schedule(prediction)
+    peer = make_peer(
+        "UniPCMultistepScheduler", prediction_type=THEIRS[prediction], final_sigmas_type="sigma_min"
+    )
+    peer.set_timesteps(num_steps)
+    peer.timesteps = grid
+    alphas = schedule.alphas_cumprod[torch.cat([grid, torch.tensor([0])])]
+    peer.sigmas = ((1 - alphas) / alphas).sqrt()
+    theirs = run_peer(peer, network(prediction), start().double())
+    ours = unipc(network(prediction), start().double(), grid, schedule, None)
+    assert (ours - theirs).abs().max() < 1e-5  # the peer solves for its coefficients in float32
 
 
 @pytest.mark.parametrize("num_steps", [1, 7, 50, 1000])
@@ -201,7 +254,7 @@ def test_float32_sampling_equals_diffusers_as_it_ships(name, num_steps):
         peer = diffusers.PNDMScheduler(**PEER, **settings, skip_prk_steps=name == "plms")
     peer.set_timesteps(num_steps)
     theirs = run_peer(peer, network(), start())
-    grid = timestep_grid(num_steps, 1000, "leading")
+    grid = timestep_grid(num_steps, make_schedule(), "leading")
     ours = ALL_SAMPLERS[name](network(), start(), grid, make_schedule(), None)
     assert ours.dtype == torch.float32 and (ours - theirs).abs().max() < 1e-5
 
@@ -234,7 +287,7 @@ def flow_error(sample, grid, prediction="eps", std=0.4, mean=0.7):
 
 
 def our_flow_error(sampler, num_steps, prediction="eps", spacing="linspace"):
-    grid, schedule = timestep_grid(num_steps, 1000, spacing), make_schedule(prediction)
+    grid, schedule = timestep_grid(num_steps, make_schedule(), spacing), make_schedule(prediction)
     return flow_error(lambda model, z: sampler(model, z, grid, schedule, None), grid, prediction)
 
 
@@ -245,7 +298,7 @@ def our_flow_error(sampler, num_steps, prediction="eps", spacing="linspace"):
 def test_one_point_is_found_exactly_in_any_number_of_steps(name, prediction, num_steps):
     """The clean latents are then known at once, and only the last level's noise remains."""
     schedule = make_schedule(prediction)
-    grid = timestep_grid(num_steps, 1000, "trailing")
+    grid = timestep_grid(num_steps, make_schedule(), "trailing")
     rows = RowRandom([(0, row) for row in range(9)])
     z = rows.randn(1, 1, 1).double()
     z0 = ALL_SAMPLERS[name](
@@ -253,14 +306,16 @@ def test_one_point_is_found_exactly_in_any_number_of_steps(name, prediction, num
     )
     if name.startswith("ddpm"):
         assert (z0 - 0.7).abs().max() < 1e-9
-    elif name != "ddim_eta":
+    elif name not in ("ddim_eta", "dpm_solver_sde"):
         first, last = schedule.alphas_cumprod[grid[0]], schedule.alphas_cumprod[0]
         eps = (z - first.sqrt() * 0.7) / (1 - first).sqrt()
         assert (z0 - (last.sqrt() * 0.7 + (1 - last).sqrt() * eps)).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
-@pytest.mark.parametrize("name, order", [("ddim", 1), ("plms", 2), ("runge_kutta", 2), ("dpm_solver", 2)])
+@pytest.mark.parametrize(
+    "name, order", [("ddim", 1), ("plms", 2), ("runge_kutta", 2), ("dpm_solver", 2), ("unipc", 2)]
+)
 def test_deterministic_samplers_converge_to_the_exact_flow_at_their_order(name, order, prediction):
     """Three times the steps, an error three or nine times smaller; 333 and 999 divide the schedule evenly."""
     coarse, fine = (our_flow_error(ALL_SAMPLERS[name], n, prediction) for n in (334, 1000))
@@ -292,6 +347,73 @@ def test_combining_noise_keeps_the_order_that_combining_v_loses(runge_kutta):
     assert ours[0] < theirs[0] / 20 and ours[1] < theirs[1] / 10
 
 
+MEANS = torch.tensor([[1.2, 0.0], [-0.5, 1.1], [-0.8, -0.9]], dtype=torch.float64)
+WEIGHTS, STD = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), 0.3
+
+
+def mixture_eps(zt, alpha):
+    """The noise that the perfect network sees in points (b, 2) of three Gaussians."""
+    variance = alpha * STD**2 + 1 - alpha
+    offset = zt[:, None] - alpha**0.5 * MEANS
+    chance = (WEIGHTS.log() - offset.square().sum(-1) / (2 * variance)).softmax(1)
+    x0 = (chance[..., None] * (MEANS + alpha**0.5 * STD**2 / variance * offset)).sum(1)
+    return (zt - alpha**0.5 * x0) / (1 - alpha) ** 0.5
+
+
+def mixture_flow(z, schedule, num_steps=600):
+    """Where the probability flow takes points from the last time step to the first, by midpoints."""
+    ends = [((1 - alpha) / alpha).sqrt().log() for alpha in schedule.alphas_cumprod[[-1, 0]]]
+    levels = torch.linspace(*ends, num_steps + 1, dtype=torch.float64).exp()
+    y = z * (1 + levels[0] ** 2).sqrt()
+
+    def slope(y, s):
+        alpha = (1 / (1 + s**2)).item()
+        return mixture_eps(alpha**0.5 * y, alpha)
+
+    for s, h in zip(levels, levels.diff()):
+        y = y + h * slope(y + h / 2 * slope(y, s), s + h / 2)
+    return y / (1 + levels[-1] ** 2).sqrt()
+
+
+def mixture_denoiser(schedule):
+    return lambda zt, t: mixture_eps(zt, schedule.alphas_cumprod[t[0]].item())
+
+
+@pytest.mark.parametrize(
+    "name, order", [("ddim", 1), ("plms", 2), ("runge_kutta", 2), ("dpm_solver", 2), ("unipc", 2)]
+)
+def test_samplers_converge_to_the_exact_flow_of_a_mixture_at_their_order(name, order):
+    schedule = make_schedule()
+    z = RowRandom([(0, row) for row in range(60)]).randn(2).double()
+    exact = mixture_flow(z, schedule)
+    errors = []
+    for num_steps in (16, 32):  # fewer than 15 make one step of lower order, more are no longer even
+        grid = timestep_grid(num_steps, schedule, "log_snr")
+        z0 = ALL_SAMPLERS[name](mixture_denoiser(schedule), z, grid, schedule, None)
+        errors.append((z0 - exact).norm(dim=1).mean().item())
+    assert errors[1] < errors[0] / 2 ** (order - 0.25)
+    assert errors[1] < (0.1 if order == 1 else 0.02)
+
+
+@pytest.mark.parametrize("name", ["ddim_eta", "ddpm", "ddpm_large", "dpm_solver_sde"])
+def test_noisy_samplers_draw_from_the_mixture(name):
+    """The share of each Gaussian among 4000 samples of 100 steps, within 4 standard errors."""
+    schedule = make_schedule()
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(4000, 2, generator=generator, dtype=torch.float64)
+    grid = timestep_grid(100, schedule, "log_snr")
+    z0 = ALL_SAMPLERS[name](
+        mixture_denoiser(schedule), z, grid, schedule, lambda *_: torch.randn(4000, 2, generator=generator)
+    )
+    nearest = (z0[:, None] - MEANS).norm(dim=-1).argmin(1)
+    shares = torch.bincount(nearest, minlength=3) / 4000
+    assert (shares - WEIGHTS).abs().max() < 4 * (0.25 / 4000) ** 0.5
+    for number, mean in enumerate(MEANS):
+        points = z0[nearest == number]
+        assert (points.mean(0) - mean).abs().max() < 0.05
+        assert abs(points.std(0).mean().item() - STD) < 0.05
+
+
 def spread_of(sampler, denoiser, grid, schedule):
     """Standard deviation of a linear sampler's output: one row a source of noise, each switched on alone."""
     sources = len(grid) + 1
@@ -307,20 +429,20 @@ def spread_of(sampler, denoiser, grid, schedule):
 
 def test_ancestral_sampling_of_unit_noise_keeps_its_variance_exactly():
     """On N(0, 1) the large variance is the true one (DDPM, section 3.2), whatever the grid."""
-    schedule, grid = make_schedule(), timestep_grid(23, 1000, "trailing")
+    schedule, grid = make_schedule(), timestep_grid(23, make_schedule(), "trailing")
     spread = spread_of(partial(ddpm, variance="large"), gaussian(0.0, 1.0), grid, schedule)
     assert spread == pytest.approx(schedule.alphas_cumprod[grid[-1]].sqrt().item(), abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ["ddim_eta", "ddpm", "ddpm_large"])
+@pytest.mark.parametrize("name", ["ddim_eta", "ddpm", "ddpm_large", "dpm_solver_sde"])
 def test_ancestral_sampling_reaches_the_data_spread_with_many_steps(name):
-    schedule, grid = make_schedule(), timestep_grid(1000, 1000, "leading")
+    schedule, grid = make_schedule(), timestep_grid(1000, make_schedule(), "leading")
     spread = spread_of(ALL_SAMPLERS[name], gaussian(0.0, 0.4), grid, schedule)
     assert spread == pytest.approx(0.4, abs=0.01)
 
 
 def test_ddim_with_eta_1_is_ddpm_until_the_last_step():
-    grid, schedule = timestep_grid(20, 1000, "leading"), make_schedule()
+    grid, schedule = timestep_grid(20, make_schedule(), "leading"), make_schedule()
     seen = {"ddim": [], "ddpm": []}
     for name, sampler in (("ddim", partial(ddim, eta=1.0)), ("ddpm", partial(ddpm, variance="small"))):
         noise, _ = draws()
@@ -337,7 +459,7 @@ def test_ddim_with_eta_1_is_ddpm_until_the_last_step():
 @pytest.mark.parametrize("name", list(ALL_SAMPLERS))
 @pytest.mark.parametrize("num_steps", [4, 30])
 def test_the_kind_of_prediction_does_not_change_the_sound(name, num_steps):
-    grid = timestep_grid(num_steps, 1000, "leading")
+    grid = timestep_grid(num_steps, make_schedule(), "leading")
     results = []
     for prediction in ("eps", "v", "x0"):
         rows = RowRandom([(0, 0), (0, 1)])
@@ -353,19 +475,21 @@ def test_the_kind_of_prediction_does_not_change_the_sound(name, num_steps):
 @pytest.mark.filterwarnings("ignore:pndm")
 def test_every_sampler_takes_any_number_of_steps(name, num_steps):
     rows = RowRandom([(0, 0), (0, 1)])
-    grid = timestep_grid(num_steps, 1000, "leading")
+    grid = timestep_grid(num_steps, make_schedule(), "leading")
     z0 = ALL_SAMPLERS[name](network(), start(), grid, make_schedule(), rows.randn)
     assert z0.shape == start().shape and z0.isfinite().all()
 
 
 def test_runge_kutta_with_too_few_steps_says_so_and_samples_by_plms():
-    grid, schedule = timestep_grid(3, 1000, "leading"), make_schedule()
+    grid, schedule = timestep_grid(3, make_schedule(), "leading"), make_schedule()
     with pytest.warns(UserWarning, match="3 steps are too few for Runge-Kutta"):
         z0 = RUNGE_KUTTA(network(), start(), grid, schedule, None)
     assert torch.equal(z0, PLMS(network(), start(), grid, schedule, None))
 
 
-@pytest.mark.parametrize("name, calls", [("ddim", 20), ("plms", 21), ("runge_kutta", 29), ("dpm_solver", 20)])
+@pytest.mark.parametrize(
+    "name, calls", [("ddim", 20), ("plms", 21), ("runge_kutta", 29), ("dpm_solver", 20), ("unipc", 20)]
+)
 def test_number_of_network_calls(name, calls):
     count = 0
 
@@ -375,14 +499,20 @@ def test_number_of_network_calls(name, calls):
         assert t.shape == (2,) and t.dtype == torch.int64
         return network()(zt, t)
 
-    ALL_SAMPLERS[name](counting, start(), timestep_grid(20, 1000, "leading"), make_schedule(), None)
+    ALL_SAMPLERS[name](
+        counting, start(), timestep_grid(20, make_schedule(), "leading"), make_schedule(), None
+    )
     assert count == calls
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddim_eta", "ddpm"])
 def test_editing_may_start_in_the_middle(name):
     """The rest of a grid from the latent in the middle gives the end of the whole run."""
-    grid, schedule, rows = timestep_grid(12, 1000, "leading"), make_schedule(), RowRandom([(5,), (6,)])
+    grid, schedule, rows = (
+        timestep_grid(12, make_schedule(), "leading"),
+        make_schedule(),
+        RowRandom([(5,), (6,)]),
+    )
     latents = []
     stream = [rows.randn(*start().shape[1:]) for _ in grid]
     whole, rest = iter(stream), iter(stream[5:])
@@ -396,7 +526,7 @@ def test_editing_may_start_in_the_middle(name):
 @pytest.mark.parametrize("name", list(ALL_SAMPLERS))
 def test_before_step_decides_what_the_network_sees(name):
     known = torch.full((2, 4, 3, 5), 0.3)
-    grid, schedule = timestep_grid(10, 1000, "leading"), make_schedule()
+    grid, schedule = timestep_grid(10, make_schedule(), "leading"), make_schedule()
     rows = RowRandom([(0, 0), (0, 1)])
     times = []
 
@@ -419,7 +549,7 @@ def test_before_step_decides_what_the_network_sees(name):
 
 @pytest.mark.parametrize("name", list(ALL_SAMPLERS))
 def test_a_row_does_not_depend_on_its_neighbours(name):
-    grid, schedule = timestep_grid(10, 1000, "leading"), make_schedule()
+    grid, schedule = timestep_grid(10, make_schedule(), "leading"), make_schedule()
     keys = [(7, 0), (7, 1), (7, 2)]
 
     def sample(keys):
@@ -435,6 +565,6 @@ def test_a_row_does_not_depend_on_its_neighbours(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_latents_keep_their_dtype(name, dtype):
     rows = RowRandom([(0, 0), (0, 1)])
-    grid = timestep_grid(5, 1000, "leading")
+    grid = timestep_grid(5, make_schedule(), "leading")
     z0 = ALL_SAMPLERS[name](network(), start().to(dtype), grid, make_schedule(), rows.randn)
     assert z0.dtype == dtype
