@@ -1,7 +1,7 @@
 """Layers that two or more networks share: time embedding, attention, feed-forward, res block, level.
 
-They match the blocks of latent diffusion (arXiv 2112.10752) as AudioLDM uses them. Axis letters: b batch,
-c channels, d width, h heads, i queries, j keys, t latent frames, f mel bins.
+All but `SelfAttention` match the blocks of latent diffusion (arXiv 2112.10752) as AudioLDM uses them. Axis
+letters: b batch, c channels, d width, h heads, i queries, j keys, t latent frames, f mel bins.
 """
 
 import math
@@ -51,6 +51,11 @@ class TimeEmbedding(nn.Module):
         return self.linear2(F.silu(self.linear1(waves)))
 
 
+def unit(embed: Tensor) -> Tensor:
+    """(b, d) -> (b, d) of length 1, in float32 at least."""
+    return F.normalize(embed.to(torch.promote_types(embed.dtype, torch.float32)), dim=-1)
+
+
 class Attention(nn.Module):
     """Multi-head attention of a sequence to itself, or to a context of width `context_dim`."""
 
@@ -75,18 +80,59 @@ class Attention(nn.Module):
         return self.dropout(self.to_out(rearrange(out, "b h i d -> b i (h d)")))
 
 
-class GEGLU(nn.Module):
-    """Feed-forward with a GELU gate (arXiv 2002.05202): four times the width inside."""
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotary positions (arXiv 2104.09864) on the first channels of x (..., i, d); angles (i, r), r <= d even.
 
-    def __init__(self, *, dim: int, dropout: float):
+    Channel k turns with channel k + r / 2 by `angles[:, k]`; both halves of `angles` are the same.
+    """
+    turned, rest = x[..., : angles.shape[-1]], x[..., angles.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    swapped = torch.cat([-second, first], dim=-1)
+    return torch.cat([turned * angles.cos() + swapped * angles.sin(), rest], dim=-1)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention; one matrix makes queries, keys and values; dropout on its weights."""
+
+    def __init__(self, *, dim: int, num_heads: int, qkv_bias: bool, dropout: float):
         super().__init__()
-        self.proj_in = nn.Linear(dim, 8 * dim)  # the values, then the gates
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        causal: bool = False,
+        angles: Tensor | None = None,
+    ) -> Tensor:
+        """(b, i, d) -> (b, i, d); mask (b, 1, 1, i) or (b, 1, i, i), True = keep.
+
+        causal: a place sees itself and those before it. angles: as for `rotate`; queries, keys and values
+        turn alike.
+        """
+        qkv = rearrange(self.qkv(x), "b i (three h d) -> three b h i d", three=3, h=self.num_heads)
+        q, k, v = qkv if angles is None else rotate(qkv, angles)
+        dropout = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+        return self.proj(rearrange(x, "b h i d -> b i (h d)"))
+
+
+class GEGLU(nn.Module):
+    """Feed-forward with a GELU gate (arXiv 2002.05202)."""
+
+    def __init__(self, *, dim: int, ff_dim: int, dropout: float):
+        super().__init__()
+        self.proj_in = nn.Linear(dim, 2 * ff_dim)  # the values, then the gates
         self.dropout = nn.Dropout(dropout)
-        self.proj_out = nn.Linear(4 * dim, dim)
+        self.proj_out = nn.Linear(ff_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, i, d) -> (b, i, d)."""
-        value, gate = self.proj_in(x).chunk(2, dim=-1)  # (b, i, 4d) each
+        value, gate = self.proj_in(x).chunk(2, dim=-1)  # (b, i, ff_dim) each
         return self.proj_out(self.dropout(value * F.gelu(gate)))
 
 

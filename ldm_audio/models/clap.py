@@ -10,11 +10,11 @@ Axes: b batch, c channels, d width, f mel bins, l text tokens, n mel frames, s s
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_audio.audio.clap_mel import ClapMel
 from ldm_audio.errors import InputError
+from ldm_audio.layers import unit
 from ldm_audio.models.htsat import HTSAT
 from ldm_audio.models.roberta import Roberta
 
@@ -24,11 +24,6 @@ INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 def projection(in_dim: int, joint_dim: int) -> nn.Sequential:
     """Head from a tower's width to the joint space."""
     return nn.Sequential(nn.Linear(in_dim, joint_dim), nn.ReLU(), nn.Linear(joint_dim, joint_dim))
-
-
-def unit(embed: Tensor) -> Tensor:
-    """(b, d) -> (b, d) of length 1, in float32 at least."""
-    return F.normalize(embed.to(torch.promote_types(embed.dtype, torch.float32)), dim=-1)
 
 
 class CLAP(nn.Module):

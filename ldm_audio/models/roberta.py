@@ -7,30 +7,12 @@ Axes: b batch, d width, h heads, l text tokens.
 """
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm_audio.errors import InputError
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention with dropout on its weights."""
-
-    def __init__(self, *, dim: int, num_heads: int, dropout: float):
-        super().__init__()
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """(b, l, d), mask (b, 1, 1, l) True = keep -> (b, l, d)."""
-        q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.num_heads)
-        dropout = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        return self.proj(rearrange(x, "b h l d -> b l (h d)"))
+from ldm_audio.layers import SelfAttention
 
 
 class Block(nn.Module):
@@ -38,7 +20,7 @@ class Block(nn.Module):
 
     def __init__(self, *, dim: int, num_heads: int, ff_dim: int, layer_norm_eps: float, dropout: float):
         super().__init__()
-        self.attention = SelfAttention(dim=dim, num_heads=num_heads, dropout=dropout)
+        self.attention = SelfAttention(dim=dim, num_heads=num_heads, qkv_bias=True, dropout=dropout)
         self.norm1 = nn.LayerNorm(dim, eps=layer_norm_eps)
         self.mlp = nn.Sequential(nn.Linear(dim, ff_dim), nn.GELU(), nn.Linear(ff_dim, dim))
         self.norm2 = nn.LayerNorm(dim, eps=layer_norm_eps)

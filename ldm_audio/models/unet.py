@@ -32,7 +32,7 @@ class TransformerLayer(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.attn2 = Attention(dim=dim, num_heads=num_heads, context_dim=context_dim, dropout=dropout)
         self.norm3 = nn.LayerNorm(dim)
-        self.ff = GEGLU(dim=dim, dropout=dropout)
+        self.ff = GEGLU(dim=dim, ff_dim=4 * dim, dropout=dropout)
 
     def forward(self, x: Tensor, context: Tensor | None, context_mask: Tensor | None) -> Tensor:
         """(b, t·f, d), context (b, l, d) or None, mask (b, l) or None -> (b, t·f, d)."""
