@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from ldm_audio.config import one_line_errors
 from ldm_audio.errors import InputError
@@ -26,6 +27,14 @@ def main() -> None:
 
     enc = commands.add_parser("encode", help="write VAE latents and CLAP embeddings of a data set once")
     enc.add_argument("overrides", nargs="*", help="key=value: data=, vae.path=, clap.path=, out=")
+
+    beats = commands.add_parser("beats", help="find the beats, downbeats and tempo of every recording")
+    beats.add_argument("folder", help="with audio files, in subfolders too")
+    beats.add_argument("--tracker", choices=("librosa", "beat_this", "files"), default="librosa")
+    beats.add_argument("--weights", help="local checkpoint of beat_this")
+    beats.add_argument("--files", help="folder of .beats or *_beat_pred.npy of another program")
+    beats.add_argument("--table", help="where to write (default: FOLDER/beats.jsonl)")
+    beats.add_argument("--workers", type=int, default=0, help="processes (default: %(default)s, in this one)")
 
     convert = commands.add_parser("convert", help="write published weights as ours")
     convert.add_argument("source", help="folder, file or hf://owner/name[@revision][/file]")
@@ -52,8 +61,39 @@ def main() -> None:
         from ldm_audio.config import encode_data
 
         encode_data(args.overrides)
+    if args.command == "beats":
+        find_beats(args)
     if args.command in ("convert", "inspect", "export"):
         weights(args)
+
+
+def find_beats(args: argparse.Namespace) -> None:
+    """The command about beats: tracks what the table lacks and says what failed."""
+    from tqdm import tqdm
+
+    from ldm_audio.audio.beats import BeatFiles, BeatThisTracker, LibrosaTracker
+    from ldm_audio.data.beat_table import TABLE, audio_names, track_folder
+
+    if (args.tracker == "beat_this") != (args.weights is not None):
+        raise InputError("--tracker beat_this and --weights FILE go together")
+    if (args.tracker == "files") != (args.files is not None):
+        raise InputError("--tracker files and --files FOLDER go together")
+    if args.tracker == "librosa":
+        tracker = LibrosaTracker()
+    elif args.tracker == "beat_this":
+        tracker = BeatThisTracker(weights=args.weights)
+    else:
+        tracker = BeatFiles(folder=args.files, root=args.folder)
+    table = args.table or f"{args.folder}/{TABLE}"
+    total = len(audio_names(Path(args.folder)))
+    with tqdm(total=total, desc="beats", unit="file", dynamic_ncols=True) as bar:
+        outcome = track_folder(
+            args.folder, tracker=tracker, table=table, num_workers=args.workers, progress=bar.update
+        )
+    for name, reason in sorted(outcome.failed.items()):
+        print(f"skipped {name}: {reason}", file=sys.stderr)
+    kept = outcome.total - len(outcome.failed)
+    print(f"{table}: {kept} recordings, {outcome.tracked} of them new, {len(outcome.failed)} failed")
 
 
 def weights(args: argparse.Namespace) -> None:
