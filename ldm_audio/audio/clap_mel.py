@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
-from ldm_audio.audio.mel import hann_window, mel_matrix
+from ldm_audio.audio.mel import centred_power, mel_matrix
 from ldm_audio.errors import InputError
 
 Filling = Literal["repeatpad", "repeat", "pad"]
@@ -131,16 +131,7 @@ class ClapMel:
             self.sample_rate, self.n_fft, self.n_mels, self.fmin, self.fmax, scale, norm, device, dtype
         )
         with torch.autocast(device.type, enabled=False):
-            spectrum = torch.stft(
-                waveform,
-                self.n_fft,
-                hop_length=self.hop_length,
-                window=hann_window(self.n_fft, device, dtype),
-                center=True,
-                pad_mode="reflect",
-                return_complex=True,
-            )  # (b, k, n)
-            power = spectrum.real**2 + spectrum.imag**2
+            power = centred_power(waveform, n_fft=self.n_fft, hop_length=self.hop_length)  # (b, k, n)
             mel = 10 * (matrix @ power).clamp(min=POWER_FLOOR).log10()
         return rearrange(mel, "b f n -> b n f")
 

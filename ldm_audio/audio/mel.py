@@ -116,6 +116,23 @@ def mel_matrix(
         return torch.from_numpy(filterbank).to(device, dtype)
 
 
+def centred_power(waveform: Tensor, *, n_fft: int, hop_length: int) -> Tensor:
+    """(b, s) float32 or float64 -> (b, n_fft // 2 + 1, s // hop_length + 1) power spectrum.
+
+    Periodic Hann windows of n_fft samples; frame i is centred at sample hop_length * i, both ends reflected.
+    """
+    spectrum = torch.stft(
+        waveform,
+        n_fft,
+        hop_length=hop_length,
+        window=hann_window(n_fft, waveform.device, waveform.dtype),
+        center=True,
+        pad_mode="reflect",
+        return_complex=True,
+    )  # (b, k, n)
+    return spectrum.real**2 + spectrum.imag**2
+
+
 class LogMel:
     """(b, s) waveform -> (b, f, n) natural-log mel spectrogram with n = s // hop_length frames.
 

@@ -56,16 +56,7 @@ class Tokenizer:
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """b texts -> (b, l) tokens and mask, l the longest of the batch."""
-        if isinstance(texts, str) or not texts:
-            raise InputError(f"texts={texts!r}: expected a list of at least one string")
-        rows = [self.encode(text) for text in texts]
-        longest = max(map(len, rows))
-        text_tokens = torch.full((len(rows), longest), self.pad_token)
-        text_mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            text_tokens[i, : len(row)] = torch.tensor(row)
-            text_mask[i, : len(row)] = True
-        return text_tokens, text_mask
+        return padded([self.encode(text) for text in checked(texts)], self.pad_token)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one text, at most `max_length`; warns on the first text that has to be cut."""
@@ -94,6 +85,24 @@ class Tokenizer:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def checked(texts: Sequence[str]) -> Sequence[str]:
+    """The texts themselves; InputError for a bare string, which is a sequence of letters, and for none."""
+    if isinstance(texts, str) or not texts:
+        raise InputError(f"texts={texts!r}: expected a list of at least one string")
+    return texts
+
+
+def padded(rows: Sequence[list[int]], pad_token: int) -> tuple[Tensor, Tensor]:
+    """b rows of tokens -> (b, l) tokens and mask, l the longest of them."""
+    longest = max(map(len, rows))
+    text_tokens = torch.full((len(rows), longest), pad_token)
+    text_mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        text_tokens[i, : len(row)] = torch.tensor(row)
+        text_mask[i, : len(row)] = True
+    return text_tokens, text_mask
 
 
 def train_bpe(captions: Iterable[str], *, vocab_size: int, max_length: int) -> Tokenizer:
