@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm_audio.convert import audioldm, clap, hifigan
+from ldm_audio.convert import audioldm, clap, hifigan, laion
 from ldm_audio.convert.rules import invert_rules
 from ldm_audio.data.tokenizers import Tokenizer, train_bpe
 from ldm_audio.pretrained import build
@@ -43,7 +43,7 @@ CLAP = clap.recipe(
         "vocab_size": 300, "dim": 64, "depth": 2, "num_heads": 1, "ff_dim": 48, "max_positions": 80,
         "pad_token": 1, "layer_norm_eps": 1e-5, "dropout": 0.1,
     },
-    {**clap.LAION_FRONT_END, "n_mels": 64, "fusion": False},
+    {**laion.FRONT_END, "n_mels": 64, "fusion": False},
     joint_dim=24,
 )  # fmt: skip
 RECIPES = {"unet": UNET, "vae": VAE, "vocoder": VOCODER, "clap": CLAP}
@@ -100,7 +100,7 @@ def vae_state(vae: nn.Module) -> dict[str, Tensor]:
 
 def laion_state(network: nn.Module) -> dict[str, Tensor]:
     """LAION's names, with what they have besides."""
-    state = invert_rules(clap.laion_rules(), network.state_dict())
+    state = invert_rules(laion.clap_rules(), network.state_dict())
     return state | {
         "audio_branch.spectrogram_extractor.stft.conv_real.weight": torch.zeros(3),
         "audio_branch.logmel_extractor.melW": torch.zeros(3),

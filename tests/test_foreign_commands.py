@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldm_audio import pretrained
-from ldm_audio.convert import clap
+from ldm_audio.convert import laion
 from ldm_audio.convert.rules import invert_rules
 from ldm_audio.training.checkpoint import load_checkpoint
 
@@ -144,7 +144,7 @@ def test_clap_begins_with_towers_that_were_trained_apart(tmp_path, command):
     import transformers
 
     tower = foreign.networks()["clap"].audio_tower
-    state = invert_rules(clap.laion_htsat_rules(), tower.state_dict())
+    state = invert_rules(laion.htsat_rules(), tower.state_dict())
     torch.save({"state_dict": foreign.with_prefix(state, "sed_model.")}, tmp_path / "HTSAT.ckpt")
     roberta = transformers.RobertaModel(
         transformers.RobertaConfig(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import ldm_audio
 from ldm_audio import pretrained
-from ldm_audio.convert import clap, hifigan
+from ldm_audio.convert import hifigan, laion
 from ldm_audio.convert.rules import invert_rules
 from ldm_audio.diffusion.samplers import ddim
 from ldm_audio.errors import InputError
@@ -348,7 +348,7 @@ def test_a_laion_file_converts_with_its_tokenizer_beside_it(tmp_path):
 
 def test_htsat_from_audioset_is_an_audio_tower(tmp_path):
     tower = foreign.networks()["clap"].audio_tower
-    state = invert_rules(clap.laion_htsat_rules(), tower.state_dict())
+    state = invert_rules(laion.htsat_rules(), tower.state_dict())
     state |= {"tscam_conv.weight": torch.zeros(3), "head.weight": torch.zeros(3)}
     torch.save({"state_dict": foreign.with_prefix(state, "sed_model.")}, tmp_path / "HTSAT.ckpt")
     assert equal(ldm_audio.load(tmp_path / "HTSAT.ckpt"), tower)
@@ -415,7 +415,7 @@ def test_a_hifigan_generator_loads_by_the_json_beside_it(tmp_path, legacy):
     back = ldm_audio.load(tmp_path / "back")
     assert equal(back, ours) and back.recipe == ours.recipe
     assert json.loads((tmp_path / "back" / "config.json").read_text())["sampling_rate"] == 16000
-    assert hifigan.SPEECHT5_DEFAULTS["normalize_before"]
+    assert hifigan.SPEECHT5_SETTINGS["normalize_before"].default
 
 
 def test_a_collapsed_text_tower_is_warned_about(tmp_path):

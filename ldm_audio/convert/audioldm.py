@@ -171,10 +171,10 @@ def ema_key(name: str) -> str:
     return "model_ema." + (UNET_PREFIX + name).removeprefix("model.").replace(".", "")
 
 
-def unet_arguments(shapes: Shapes, *, head_channels: int | None = None) -> dict[str, Any]:
+def unet_arguments(shapes: Shapes) -> dict[str, Any]:
     """Arguments of `UNet` for an original UNet with these tensor shapes (names without prefix).
 
-    How wide a head is does not show in the shapes; None takes what `released_heads` says. Dropout is 0.
+    How wide a head is does not show in the shapes, see `released_heads`. Dropout is 0.
 
     Raises:
         InputError: names the tensor that an original UNet has and `shapes` does not.
@@ -184,6 +184,7 @@ def unet_arguments(shapes: Shapes, *, head_channels: int | None = None) -> dict[
     num_res_blocks = _count(shapes, "input_blocks.{}.0.in_layers.0.weight", start=1)
     firsts = [f"input_blocks.{1 + level * (num_res_blocks + 1)}" for level in range(num_levels)]
     widths = [_shape(shapes, f"{first}.0.out_layers.3.weight")[0] for first in firsts]
+    channel_mults = [width // channels for width in widths]
     condition_dim = _shape(shapes, "middle_block.0.emb_layers.1.weight")[1]
     keys = [shape for name, shape in shapes.items() if name.endswith(".attn2.to_k.weight")]
     context_dims = {inner for outer, inner in keys if inner != outer}  # none: attn2 is self-attention too
@@ -193,10 +194,10 @@ def unet_arguments(shapes: Shapes, *, head_channels: int | None = None) -> dict[
         "in_channels": in_channels,
         "out_channels": _shape(shapes, "out.2.weight")[0],
         "channels": channels,
-        "channel_mults": [width // channels for width in widths],
+        "channel_mults": channel_mults,
         "num_res_blocks": num_res_blocks,
         "attention_levels": [f"{first}.1.norm.weight" in shapes for first in firsts],
-        "num_heads": released_heads(channels, [width // channels for width in widths], head_channels),
+        "num_heads": released_heads(channels, channel_mults),
         "transformer_depth": _count(shapes, "middle_block.1.transformer_blocks.{}.norm1.weight"),
         "transformers_per_block": _count(shapes, "middle_block.{}.norm.weight", start=1),
         "embed_dim": shapes["film_emb.weight"][1] if "film_emb.weight" in shapes else None,
@@ -207,11 +208,9 @@ def unet_arguments(shapes: Shapes, *, head_channels: int | None = None) -> dict[
     }
 
 
-def released_heads(
-    channels: int, channel_mults: Sequence[int], head_channels: int | None = None
-) -> list[int]:
+def released_heads(channels: int, channel_mults: Sequence[int]) -> list[int]:
     """Heads a level as released: of 64 channels in L, whose UNet begins with 256, otherwise of 32."""
-    head_channels = head_channels or (64 if channels == 256 else 32)
+    head_channels = 64 if channels == 256 else 32
     return [channels * mult // head_channels for mult in channel_mults]
 
 

@@ -1,7 +1,7 @@
-"""UNet and VAE of diffusers folders: `UNet2DConditionModel` and `AutoencoderKL`, there and back.
+"""UNet, VAE and schedule of diffusers folders (`UNet2DConditionModel`, `AutoencoderKL`), there and back.
 
-Our blocks are numbered like diffusers', so the tables hold for every size. The `*_arguments` functions read a
-folder's `config.json`; a setting that our networks do not have is an error that names its key. The `*_config`
+Our blocks are numbered like diffusers', so the rules hold for every size. The `*_arguments` functions read a
+folder's `config.json`; a setting that ours does not have is an error that names its key. The `*_config`
 functions write one.
 """
 
@@ -10,6 +10,24 @@ from typing import Any
 
 from ldm_audio.convert.audioldm import TRANSFORMER_RULES, conv_to_linear, optionally, renamed
 from ldm_audio.convert.rules import Rule, prefixed
+from ldm_audio.convert.settings import (
+    COUNT,
+    COUNT_OR_LIST,
+    FLAG,
+    NOTHING,
+    NUMBER,
+    UNIFORM,
+    Setting,
+    either,
+    fixed,
+    one_of,
+    only,
+    read_settings,
+    several,
+    single,
+    to_ours,
+    to_theirs,
+)
 from ldm_audio.errors import InputError
 
 UNET_RES_RULES = renamed(
@@ -20,76 +38,94 @@ VAE_RES_RULES = renamed({"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "
     {"conv_shortcut": "skip"}, optional=True
 )
 
-# What diffusers assumes of a key that is missing from a config.json.
-UNET_DEFAULTS = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "dropout": 0.0,
-    "cross_attention_dim": 1280,
-    "transformer_layers_per_block": 1,
-    "attention_head_dim": 8,
-    "num_attention_heads": None,
-    "class_embed_type": None,
-    "class_embeddings_concat": False,
-    "projection_class_embeddings_input_dim": None,
-}
-VAE_DEFAULTS = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "block_out_channels": [64],
-    "down_block_types": ["DownEncoderBlock2D"],
-    "up_block_types": ["UpDecoderBlock2D"],
-    "layers_per_block": 1,
-    "latent_channels": 4,
-    "norm_num_groups": 32,
-}
+DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
+UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
 
-# Settings that change the arithmetic: ours have only this value, which is also diffusers' default.
-UNET_FIXED = {
-    "act_fn": "silu",
-    "addition_embed_type": None,
-    "attention_type": "default",
-    "center_input_sample": False,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "cross_attention_norm": None,
-    "downsample_padding": 1,
-    "dual_cross_attention": False,
-    "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "mid_block_only_cross_attention": None,
-    "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "norm_eps": 1e-5,
-    "num_class_embeds": None,
-    "only_cross_attention": False,
-    "resnet_out_scale_factor": 1.0,
-    "resnet_skip_time_act": False,
-    "resnet_time_scale_shift": "default",
-    "reverse_transformer_layers_per_block": None,
-    "time_cond_proj_dim": None,
-    "time_embedding_act_fn": None,
-    "time_embedding_dim": None,
-    "time_embedding_type": "positional",
-    "timestep_post_act": None,
-    "use_linear_projection": False,
+# What diffusers assumes of a key that is missing from a config.json, and what ours can equal.
+UNET_SETTINGS = {
+    "in_channels": Setting(COUNT, 4, "in_channels"),
+    "out_channels": Setting(COUNT, 4, "out_channels"),
+    "down_block_types": Setting(several(one_of(DOWN_BLOCKS)), ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]),
+    "up_block_types": Setting(several(one_of(UP_BLOCKS)), ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3),
+    "block_out_channels": Setting(several(COUNT), [320, 640, 1280, 1280]),
+    "layers_per_block": Setting(UNIFORM, 2),
+    "norm_num_groups": Setting(COUNT, 32, "norm_groups"),
+    "dropout": Setting(NUMBER, 0.0, "dropout"),
+    "cross_attention_dim": Setting(COUNT_OR_LIST, 1280),
+    "transformer_layers_per_block": Setting(UNIFORM, 1),
+    "attention_head_dim": Setting(COUNT_OR_LIST, 8),
+    "num_attention_heads": Setting(either(COUNT_OR_LIST, NOTHING), None),
+    "class_embed_type": Setting(either(NOTHING, one_of(["simple_projection"])), None),
+    "class_embeddings_concat": Setting(FLAG, False),
+    "projection_class_embeddings_input_dim": Setting(either(COUNT, NOTHING), None),
+    **fixed(
+        {
+            "act_fn": "silu",
+            "addition_embed_type": None,
+            "attention_type": "default",
+            "center_input_sample": False,
+            "conv_in_kernel": 3,
+            "conv_out_kernel": 3,
+            "cross_attention_norm": None,
+            "downsample_padding": 1,
+            "dual_cross_attention": False,
+            "encoder_hid_dim": None,
+            "encoder_hid_dim_type": None,
+            "flip_sin_to_cos": True,
+            "freq_shift": 0,
+            "mid_block_only_cross_attention": None,
+            "mid_block_scale_factor": 1,
+            "mid_block_type": "UNetMidBlock2DCrossAttn",
+            "norm_eps": 1e-5,
+            "num_class_embeds": None,
+            "only_cross_attention": False,
+            "resnet_out_scale_factor": 1.0,
+            "resnet_skip_time_act": False,
+            "resnet_time_scale_shift": "default",
+            "reverse_transformer_layers_per_block": None,
+            "time_cond_proj_dim": None,
+            "time_embedding_act_fn": None,
+            "time_embedding_dim": None,
+            "time_embedding_type": "positional",
+            "timestep_post_act": None,
+            "use_linear_projection": False,
+        }
+    ),
 }
-VAE_FIXED = {
-    "act_fn": "silu",
-    "latents_mean": None,
-    "latents_std": None,
-    "mid_block_add_attention": True,
-    "shift_factor": None,
-    "use_post_quant_conv": True,
-    "use_quant_conv": True,
+VAE_SETTINGS = {
+    "in_channels": Setting(COUNT, 3, "in_channels"),
+    "out_channels": Setting(COUNT, 3),
+    "block_out_channels": Setting(several(COUNT), [64]),
+    "down_block_types": Setting(several(one_of(["DownEncoderBlock2D"])), ["DownEncoderBlock2D"]),
+    "up_block_types": Setting(several(one_of(["UpDecoderBlock2D"])), ["UpDecoderBlock2D"]),
+    "layers_per_block": Setting(COUNT, 1, "num_res_blocks"),
+    "latent_channels": Setting(COUNT, 4, "latent_channels"),
+    "norm_num_groups": Setting(COUNT, 32, "norm_groups"),
+    "scaling_factor": Setting(NUMBER, 0.18215),
+    **fixed(
+        {
+            "act_fn": "silu",
+            "latents_mean": None,
+            "latents_std": None,
+            "mid_block_add_attention": True,
+            "shift_factor": None,
+            "use_post_quant_conv": True,
+            "use_quant_conv": True,
+        }
+    ),
 }
+SCHEDULE_KINDS = {"scaled_linear": "scaled_linear", "linear": "linear"}
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+SCHEDULE_SETTINGS = {
+    "num_train_timesteps": Setting(COUNT, 1000, "num_timesteps"),
+    "beta_start": Setting(NUMBER, 0.0001, "beta_start"),
+    "beta_end": Setting(NUMBER, 0.02, "beta_end"),
+    "beta_schedule": Setting(one_of(SCHEDULE_KINDS), "linear"),
+    "prediction_type": Setting(one_of(PREDICTIONS), "epsilon"),
+    **fixed({"trained_betas": None, "rescale_betas_zero_snr": False}),
+}
+# What sampling here does, as the released pipelines; a folder that says otherwise sounds different.
+SAMPLED_AS = {"clip_sample": False, "thresholding": False, "steps_offset": 1, "set_alpha_to_one": False}
 
 
 def unet_rules() -> list[Rule]:
@@ -170,38 +206,29 @@ def unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: names the key whose value our UNet has no equal of.
     """
-    _check_fixed(config, UNET_FIXED)
-    config = UNET_DEFAULTS | dict(config)
-    widths = list(config["block_out_channels"])
-    channel_mults = _mults(widths)
-    attention_levels = [_is_attention(kind, "DownBlock2D") for kind in config["down_block_types"]]
-    if [_is_attention(kind, "UpBlock2D") for kind in config["up_block_types"]] != attention_levels[::-1]:
+    values = read_settings(config, UNET_SETTINGS)
+    widths = list(values["block_out_channels"])
+    attention_levels = [kind != "DownBlock2D" for kind in values["down_block_types"]]
+    if [kind != "UpBlock2D" for kind in values["up_block_types"]] != attention_levels[::-1]:
         raise InputError("up_block_types is not down_block_types the other way round")
-    heads = (
-        config["num_attention_heads"] or config["attention_head_dim"]
-    )  # diffusers calls the number a width
-    context_dim = config["cross_attention_dim"]
-    if not isinstance(context_dim, int):
-        # The widths themselves: the way of AudioLDM's folders to say self-attention.
-        context_dim = None if list(context_dim) == widths else _single(config, "cross_attention_dim")
-    if config["class_embed_type"] not in (None, "simple_projection"):
-        raise InputError(f"class_embed_type {config['class_embed_type']!r} is not supported")
-    has_embed = config["class_embed_type"] is not None
+    heads = values["num_attention_heads"] or values["attention_head_dim"]  # a number that is called a width
+    context_dim = values["cross_attention_dim"]
+    if not UNIFORM.fits(context_dim) and list(context_dim) != widths:
+        raise InputError(f"cross_attention_dim={context_dim}: expected one number or block_out_channels")
+    has_embed = values["class_embed_type"] is not None
     return {
-        "in_channels": config["in_channels"],
-        "out_channels": config["out_channels"],
+        **to_ours(UNET_SETTINGS, values),
         "channels": widths[0],
-        "channel_mults": channel_mults,
-        "num_res_blocks": _single(config, "layers_per_block"),
+        "channel_mults": _mults(widths),
+        "num_res_blocks": single(values["layers_per_block"]),
         "attention_levels": attention_levels,
         "num_heads": [heads] * len(widths) if isinstance(heads, int) else list(heads),
-        "transformer_depth": _single(config, "transformer_layers_per_block"),
+        "transformer_depth": single(values["transformer_layers_per_block"]),
         "transformers_per_block": 1,
-        "embed_dim": config["projection_class_embeddings_input_dim"] if has_embed else None,
-        "embed_mode": "concat" if config["class_embeddings_concat"] else "add",
-        "context_dim": context_dim,
-        "norm_groups": config["norm_num_groups"],
-        "dropout": config["dropout"],
+        "embed_dim": values["projection_class_embeddings_input_dim"] if has_embed else None,
+        "embed_mode": "concat" if values["class_embeddings_concat"] else "add",
+        # A width for each level is the way of AudioLDM's folders to say self-attention.
+        "context_dim": None if context_dim == widths else single(context_dim),
     }
 
 
@@ -225,14 +252,11 @@ def unet_config(arguments: Mapping[str, Any], *, sample_size: int) -> dict[str, 
     return {
         "_class_name": "UNet2DConditionModel",
         "sample_size": sample_size,
-        "in_channels": arguments["in_channels"],
-        "out_channels": arguments["out_channels"],
+        **to_theirs(UNET_SETTINGS, arguments),
         "down_block_types": ["CrossAttnDownBlock2D" if on else "DownBlock2D" for on in attention_levels],
         "up_block_types": ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in attention_levels[::-1]],
         "block_out_channels": widths,
         "layers_per_block": arguments["num_res_blocks"],
-        "norm_num_groups": arguments["norm_groups"],
-        "dropout": arguments["dropout"],
         "cross_attention_dim": widths if context_dim is None else context_dim,
         "transformer_layers_per_block": arguments["transformer_depth"],
         "attention_head_dim": list(arguments["num_heads"]),
@@ -248,25 +272,19 @@ def vae_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: names the key whose value our VAE has no equal of.
     """
-    _check_fixed(config, VAE_FIXED)
-    config = VAE_DEFAULTS | dict(config)
-    for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        if set(config[key]) != {kind}:
-            raise InputError(f"{key} {list(config[key])}: only {kind} is supported")
-    if config["in_channels"] != config["out_channels"]:
+    values = read_settings(config, VAE_SETTINGS)
+    if values["in_channels"] != values["out_channels"]:
         raise InputError(
-            f"out_channels {config['out_channels']}: expected in_channels, {config['in_channels']}"
+            f"out_channels={values['out_channels']}: expected in_channels={values['in_channels']}"
         )
-    widths = list(config["block_out_channels"])
-    return {
-        "in_channels": config["in_channels"],
-        "channels": widths[0],
-        "channel_mults": _mults(widths),
-        "num_res_blocks": config["layers_per_block"],
-        "latent_channels": config["latent_channels"],
-        "norm_groups": config["norm_num_groups"],
-        "dropout": 0.0,
-    }
+    widths = list(values["block_out_channels"])
+    channels = {"channels": widths[0], "channel_mults": _mults(widths)}
+    return {**to_ours(VAE_SETTINGS, values), **channels, "dropout": 0.0}
+
+
+def latent_scale(config: Mapping[str, Any]) -> float:
+    """What the latents of a folder with this `vae/config.json` are multiplied by."""
+    return float(read_settings(config, VAE_SETTINGS)["scaling_factor"])
 
 
 def vae_config(arguments: Mapping[str, Any], *, latent_scale: float) -> dict[str, Any]:
@@ -274,42 +292,54 @@ def vae_config(arguments: Mapping[str, Any], *, latent_scale: float) -> dict[str
     widths = _widths(arguments)
     return {
         "_class_name": "AutoencoderKL",
-        "in_channels": arguments["in_channels"],
+        **to_theirs(VAE_SETTINGS, arguments),
         "out_channels": arguments["in_channels"],
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),
         "block_out_channels": widths,
-        "layers_per_block": arguments["num_res_blocks"],
-        "latent_channels": arguments["latent_channels"],
-        "norm_num_groups": arguments["norm_groups"],
         "scaling_factor": latent_scale,
     }
 
 
-def _check_fixed(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
-    for key, expected in fixed.items():
-        value = config.get(key, expected)
-        if value != expected and (value or expected):  # None, False and 0 all mean: without
-            raise InputError(f"{key} {value!r} is not supported, only {expected!r}")
+def schedule_arguments(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Arguments of `Schedule` for a `scheduler_config.json`, and what it says that sampling here does not do.
+
+    Raises:
+        InputError: names the key whose value our schedule has no equal of.
+    """
+    values = read_settings(config, SCHEDULE_SETTINGS)
+    schedule = {
+        **to_ours(SCHEDULE_SETTINGS, values),
+        "kind": SCHEDULE_KINDS[values["beta_schedule"]],
+        "prediction": PREDICTIONS[values["prediction_type"]],
+    }
+    others = {key: config.get(key, value) for key, value in SAMPLED_AS.items()}
+    differing = [f"{key}={other}" for key, other in others.items() if not only(SAMPLED_AS[key]).fits(other)]
+    return schedule, differing
 
 
-def _is_attention(kind: str, plain: str) -> bool:
-    if kind not in (plain, f"CrossAttn{plain}"):
-        raise InputError(f"block type {kind!r} is not supported, only {plain} and CrossAttn{plain}")
-    return kind != plain
+def schedule_config(schedule: Mapping[str, Any]) -> dict[str, Any]:
+    """The `scheduler_config.json` of a schedule, to be sampled with DDIM as the published pipelines are.
 
-
-def _single(config: Mapping[str, Any], key: str) -> int:
-    """The one number that stands at `key`, alone or for every level."""
-    values = {config[key]} if isinstance(config[key], int) else set(config[key])
-    if len(values) != 1:
-        raise InputError(f"{key} {config[key]}: the same number is needed at every level")
-    return values.pop()
+    Raises:
+        InputError: a kind of schedule that diffusers does not have.
+    """
+    kinds, predictions = ({ours: theirs for theirs, ours in t.items()} for t in (SCHEDULE_KINDS, PREDICTIONS))
+    if schedule["kind"] not in kinds:
+        raise InputError(f"schedule {schedule['kind']}: only {', '.join(kinds)} can be exported")
+    return {
+        "_class_name": "DDIMScheduler",
+        **to_theirs(SCHEDULE_SETTINGS, schedule),
+        "beta_schedule": kinds[schedule["kind"]],
+        "prediction_type": predictions[schedule["prediction"]],
+        **SAMPLED_AS,
+        "timestep_spacing": "leading",
+    }
 
 
 def _mults(widths: Sequence[int]) -> list[int]:
     if any(width % widths[0] for width in widths):
-        raise InputError(f"block_out_channels {list(widths)} are not multiples of the first")
+        raise InputError(f"block_out_channels={list(widths)}: expected multiples of the first")
     return [width // widths[0] for width in widths]
 
 

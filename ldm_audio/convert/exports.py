@@ -12,10 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm_audio.convert import clap, diffusers, hifigan
-from ldm_audio.convert.folders import PIPELINES, PREDICTIONS, SCHEDULES
+from ldm_audio.convert.folders import PIPELINES
 from ldm_audio.convert.rules import Rule, invert_rules
 from ldm_audio.data.tokenizers import Tokenizer
-from ldm_audio.errors import InputError
 from ldm_audio.files import replacing, write_json
 
 SECONDS = 10.24  # what an exported pipeline makes if it is asked for no length
@@ -60,19 +59,17 @@ def export_clap(
     folder: Path, recipe: dict, state: State, *, text_only: bool = False, tokenizer: Tokenizer | None = None
 ) -> None:
     """transformers' ClapModel, or the half of it that there is; `text_only` leaves the audio half behind."""
-    has_audio = recipe["audio_tower"] is not None and not text_only
-    config = clap_config(recipe, has_audio=has_audio)
-    scales = ("logit_scale_audio", "logit_scale_text")
-    if has_audio and recipe["text_tower"] is not None:
+    if text_only:
+        recipe = recipe | {"audio_tower": None}
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("audio_")}
+    has_audio, has_text = (recipe[f"{half}_tower"] is not None for half in ("audio", "text"))
+    if has_audio and has_text:
         rules = clap.transformers_rules()
     else:
         rules = clap.transformers_audio_rules() if has_audio else clap.transformers_text_rules()
-        state = {name: tensor for name, tensor in state.items() if name not in scales}
-        if not has_audio:
-            state = {name: tensor for name, tensor in state.items() if not name.startswith("audio_")}
-    write_network(folder, TRANSFORMERS_FILE, config, rules, state)
+    write_network(folder, TRANSFORMERS_FILE, clap.transformers_config(recipe), rules, state)
     if has_audio:
-        write_json(folder / "preprocessor_config.json", preprocessor_config(recipe["front_end"]))
+        write_json(folder / "preprocessor_config.json", clap.preprocessor_config(recipe["front_end"]))
     if tokenizer is not None:
         export_tokenizer(folder, tokenizer)
 
@@ -84,85 +81,6 @@ def export_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     config = {"tokenizer_class": "RobertaTokenizer", "model_max_length": tokenizer.max_length}
     config |= {"add_prefix_space": False}
     write_json(folder / "tokenizer_config.json", config)
-
-
-def clap_config(recipe: Mapping[str, Any], *, has_audio: bool) -> dict[str, Any]:
-    """The `config.json` of a CLAP; the other way of `clap.transformers_recipe`.
-
-    Raises:
-        InputError: a fusion that transformers does not have.
-    """
-    text, audio = recipe["text_tower"], recipe["audio_tower"] if has_audio else None
-    joint_dim = {"projection_dim": recipe["joint_dim"]}
-    text_config = text and {
-        "vocab_size": text["vocab_size"],
-        "hidden_size": text["dim"],
-        "num_hidden_layers": text["depth"],
-        "num_attention_heads": text["num_heads"],
-        "intermediate_size": text["ff_dim"],
-        "max_position_embeddings": text["max_positions"],
-        "pad_token_id": text["pad_token"],
-        "layer_norm_eps": text["layer_norm_eps"],
-        "hidden_dropout_prob": text["dropout"],
-    }
-    if audio and audio["fusion"] not in (None, "aff_2d"):
-        raise InputError(f"fusion {audio['fusion']}: transformers has only aff_2d")
-    audio_config = audio and {
-        "num_mel_bins": audio["n_mels"],
-        "spec_size": audio["spec_size"],
-        "patch_size": audio["patch_size"],
-        "patch_stride": [audio["patch_stride"]] * 2,
-        "patch_embeds_hidden_size": audio["dim"],
-        "hidden_size": audio["dim"] * 2 ** (len(audio["depths"]) - 1),
-        "depths": audio["depths"],
-        "num_attention_heads": audio["num_heads"],
-        "window_size": audio["window_size"],
-        "mlp_ratio": audio["mlp_ratio"],
-        "qkv_bias": audio["qkv_bias"],
-        "enable_fusion": audio["fusion"] is not None,
-        "fusion_type": None,
-    }
-    if text_config and audio_config:
-        parts = {"text_config": text_config, "audio_config": audio_config}
-        return {"architectures": ["ClapModel"], "model_type": "clap", **joint_dim, **parts}
-    name, kind = ("Text", "clap_text_model") if text_config else ("Audio", "clap_audio_model")
-    architecture = {"architectures": [f"Clap{name}ModelWithProjection"], "model_type": kind}
-    return architecture | joint_dim | (text_config or audio_config)
-
-
-def preprocessor_config(front_end: Mapping[str, Any]) -> dict[str, Any]:
-    """The `preprocessor_config.json` of CLAP's front end."""
-    return {
-        "feature_extractor_type": "ClapFeatureExtractor",
-        "feature_size": front_end["n_mels"],
-        "sampling_rate": front_end["sample_rate"],
-        "hop_length": front_end["hop_length"],
-        "max_length_s": front_end["max_samples"] // front_end["sample_rate"],
-        "fft_window_size": front_end["n_fft"],
-        "frequency_min": front_end["fmin"],
-        "frequency_max": front_end["fmax"],
-        "truncation": "fusion" if front_end["fusion"] else "rand_trunc",
-        "padding": front_end["filling"],
-    }
-
-
-def scheduler_config(schedule: Mapping[str, Any]) -> dict[str, Any]:
-    """The `scheduler_config.json` of a schedule, to be sampled with DDIM as the published pipelines are."""
-    kinds, predictions = ({ours: theirs for theirs, ours in t.items()} for t in (SCHEDULES, PREDICTIONS))
-    if schedule["kind"] not in kinds:
-        raise InputError(f"schedule {schedule['kind']}: only {', '.join(kinds)} can be exported")
-    return {
-        "_class_name": "DDIMScheduler",
-        "num_train_timesteps": schedule["num_timesteps"],
-        "beta_start": schedule["beta_start"],
-        "beta_end": schedule["beta_end"],
-        "beta_schedule": kinds[schedule["kind"]],
-        "prediction_type": predictions[schedule["prediction"]],
-        "clip_sample": False,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-        "timestep_spacing": "leading",
-    }
 
 
 def export_pipeline(
@@ -184,7 +102,7 @@ def export_pipeline(
     export_vae(folder / "vae", vae, vae_state, latent_scale=system["latent_scale"])
     export_vocoder(folder / "vocoder", vocoder, vocoder_state, sample_rate=mel["sample_rate"])
     export_clap(folder / "text_encoder", recipe, clap_state, text_only=not is_music)
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(system["schedule"]))
+    write_json(folder / "scheduler" / "scheduler_config.json", diffusers.schedule_config(system["schedule"]))
     export_tokenizer(folder / "tokenizer", tokenizer)
     components = {
         "vae": ["diffusers", "AutoencoderKL"],
@@ -197,7 +115,7 @@ def export_pipeline(
     if is_music:
         write_json(
             folder / "feature_extractor" / "preprocessor_config.json",
-            preprocessor_config(recipe["front_end"]),
+            clap.preprocessor_config(recipe["front_end"]),
         )
         components["feature_extractor"] = ["transformers", "ClapFeatureExtractor"]
     classes = {family: name for name, family in PIPELINES.items()}

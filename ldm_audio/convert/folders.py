@@ -16,20 +16,10 @@ from ldm_audio.errors import InputError
 
 PIPELINES = {"AudioLDMPipeline": "audioldm", "MusicLDMPipeline": "musicldm"}
 COMPONENTS = ("unet", "vae", "vocoder", "text_encoder")
-SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear"}
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-SCHEDULER_DEFAULTS = {
-    "num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
-    "prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False,
-    "clip_sample": False, "thresholding": False, "steps_offset": 1, "set_alpha_to_one": False,
-}  # fmt: skip
-# What sampling here does, as the released pipelines; a folder that says otherwise sounds different.
-SAMPLED_AS = {"clip_sample": False, "thresholding": False, "steps_offset": 1, "set_alpha_to_one": False}
-ROBERTA_DEFAULTS = clap.TEXT_DEFAULTS | {"max_position_embeddings": 512}
 
 
-def open_pipeline(folder: Path, *, heads: str) -> Source:
-    """A diffusers pipeline's folder. `heads` is `config` or `original`, see `unet_folder`.
+def open_pipeline(folder: Path) -> Source:
+    """A diffusers pipeline's folder.
 
     Raises:
         InputError: another pipeline, a component that is missing, or a setting that has no equal here.
@@ -39,25 +29,25 @@ def open_pipeline(folder: Path, *, heads: str) -> Source:
         raise InputError(f"{folder}: a {name}, expected {' or '.join(PIPELINES)}")
     if missing := [part for part in (*COMPONENTS, "scheduler") if not (folder / part).is_dir()]:
         raise InputError(f"{folder}: has no folder {', '.join(missing)}")
-    found = {part: open_network(folder / part, heads=heads) for part in COMPONENTS}
+    found = {part: open_network(folder / part) for part in COMPONENTS}
     parts = {ours: part for source in found.values() for ours, part in source.parts.items()}
     if odd := {"unet", "vae", "vocoder", "clap"} ^ parts.keys():
         raise InputError(f"{folder}: its components are not those of a {name} ({', '.join(sorted(odd))})")
 
-    vocoder = read_json(folder / "vocoder" / "config.json")
-    schedule, cautions = read_schedule(folder / "scheduler" / "scheduler_config.json")
-    rates = parts["vocoder"].recipe["upsample_rates"]
-    with located(folder):
-        system = {
-            "mel": mel_settings(
-                n_mels=parts["vocoder"].recipe["n_mels"],
-                hop_length=prod(rates),
-                sample_rate=vocoder.get("sampling_rate", 16000),
-            ),
-            "schedule": schedule,
-            "latent_scale": float(read_json(folder / "vae" / "config.json").get("scaling_factor", 0.18215)),
-            "family": PIPELINES[name],
-        }
+    schedule_file, vocoder = folder / "scheduler" / "scheduler_config.json", parts["vocoder"].recipe
+    with located(schedule_file):
+        schedule, differing = diffusers.schedule_arguments(read_json(schedule_file))
+    system = {
+        "mel": mel_settings(
+            n_mels=vocoder["n_mels"],
+            hop_length=prod(vocoder["upsample_rates"]),
+            sample_rate=hifigan.sample_rate(read_json(folder / "vocoder" / "config.json")),
+        ),
+        "schedule": schedule,
+        "latent_scale": diffusers.latent_scale(read_json(folder / "vae" / "config.json")),
+        "family": PIPELINES[name],
+    }
+    cautions = [f"{schedule_file}: {', '.join(differing)} is not followed"] if differing else []
     tokenizer = folder / "tokenizer"
     return Source(
         kind=f"diffusers {name}",
@@ -69,121 +59,86 @@ def open_pipeline(folder: Path, *, heads: str) -> Source:
     )
 
 
-def read_schedule(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """Arguments of `Schedule`, and in which settings that folder's sampling differs from ours."""
-    config = SCHEDULER_DEFAULTS | read_json(path)
-    for key, known in (("beta_schedule", SCHEDULES), ("prediction_type", PREDICTIONS)):
-        if str(config[key]) not in known:
-            raise InputError(f"{path}: {key} {config[key]!r} is not supported, only {', '.join(known)}")
-    for key in ("trained_betas", "rescale_betas_zero_snr"):
-        if config[key]:
-            raise InputError(f"{path}: {key} is set, which is not supported")
-    differing = [
-        f"{key}={config[key]}"
-        for key, ours in SAMPLED_AS.items()
-        if config[key] != ours and (config[key] or ours)  # None and False both mean: without
-    ]
-    schedule = {
-        "num_timesteps": config["num_train_timesteps"],
-        "beta_start": config["beta_start"],
-        "beta_end": config["beta_end"],
-        "kind": SCHEDULES[config["beta_schedule"]],
-        "prediction": PREDICTIONS[config["prediction_type"]],
-    }
-    return schedule, [f"{path}: {', '.join(differing)} is not followed"] if differing else []
-
-
-def open_network(folder: Path, *, heads: str) -> Source:
+def open_network(folder: Path) -> Source:
     """One network's folder, told by `model_type` or `_class_name` of its `config.json`.
 
     Raises:
         InputError: a kind that is not known, or a setting that has no equal here.
     """
-    config = read_json(folder / "config.json")
+    config_file = folder / "config.json"
+    config = read_json(config_file)
     kind = str(config.get("model_type") or config.get("_class_name"))
     if kind not in KINDS:
-        raise InputError(f"{folder / 'config.json'}: {kind!r} is not one of {', '.join(KINDS)}")
+        raise InputError(f"{config_file}: {kind!r} is not one of {', '.join(KINDS)}")
     tensors, file = open_folder(folder)
-    with located(folder):
-        source = KINDS[kind](folder, config, tensors, heads)
+    with located(config_file):
+        source = KINDS[kind](folder, config, tensors)
     source.notes.append(f"{folder.name}/{file}")
     return source
 
 
-def unet_folder(folder: Path, config: dict, tensors: Tensors, heads: str) -> Source:
-    """diffusers' UNet. Its published folders have 8 heads everywhere, which the original networks have not:
-    `heads="original"` takes the original's numbers instead of the config's."""
-    arguments = diffusers.unet_arguments(config)
-    original = audioldm.released_heads(arguments["channels"], arguments["channel_mults"])
-    differing = [
-        level
-        for level, attends in enumerate(arguments["attention_levels"])
-        if attends and arguments["num_heads"][level] != original[level]
-    ]
-    cautions = []
+def choose_heads(source: Source, heads: str) -> None:
+    """Settles the heads of a diffusers UNet, of which its weights say nothing.
+
+    The published folders say 8 at every level, which the original networks do not have. `config` takes what
+    the folder says, with a caution where that differs; `original` takes the original's.
+
+    Raises:
+        InputError: `original` for a size that no original has.
+    """
+    unet = source.parts["unet"]
+    original = audioldm.released_heads(unet.recipe["channels"], unet.recipe["channel_mults"])
+    has_original = 0 not in original
     if heads == "original":
-        if 0 in original:
-            raise InputError(f"heads=original: no original has {arguments['channels']} channels")
-        arguments["num_heads"] = original
-    elif differing and 0 not in original:
-        cautions.append(
-            f"{folder}: heads {arguments['num_heads']} as its config says, where the original network of "
-            f"this size has {original}; heads=original takes those"
+        if not has_original:
+            raise InputError(
+                f"{unet.origin}: heads=original: no original has {unet.recipe['channels']} channels"
+            )
+        unet.recipe["num_heads"] = original
+    attending = zip(unet.recipe["attention_levels"], unet.recipe["num_heads"], original, strict=True)
+    if has_original and any(attends and said != had for attends, said, had in attending):
+        source.cautions.append(
+            f"{unet.origin}: heads {unet.recipe['num_heads']} as its config says, where the original network "
+            f"of this size has {original}; heads=original takes those"
         )
-    part = Part({"_target_": UNET, **arguments}, diffusers.unet_rules(), tensors, str(folder))
-    return Source(kind="diffusers UNet2DConditionModel", parts={"unet": part}, cautions=cautions)
 
 
-def vae_folder(folder: Path, config: dict, tensors: Tensors, heads: str) -> Source:
+def unet_folder(folder: Path, config: dict, tensors: Tensors) -> Source:
+    """diffusers' UNet."""
+    recipe = {"_target_": UNET, **diffusers.unet_arguments(config)}
+    part = Part(recipe, diffusers.unet_rules(), tensors, str(folder))
+    return Source(kind="diffusers UNet2DConditionModel", parts={"unet": part})
+
+
+def vae_folder(folder: Path, config: dict, tensors: Tensors) -> Source:
     """diffusers' AutoencoderKL."""
     recipe = {"_target_": VAE, **diffusers.vae_arguments(config)}
     part = Part(recipe, diffusers.vae_rules(), tensors, str(folder))
     return Source(kind="diffusers AutoencoderKL", parts={"vae": part})
 
 
-def vocoder_folder(folder: Path, config: dict, tensors: Tensors, heads: str) -> Source:
+def vocoder_folder(folder: Path, config: dict, tensors: Tensors) -> Source:
     """transformers' SpeechT5HifiGan."""
-    arguments = hifigan.speecht5_arguments(config, origin=str(folder / "config.json"))
+    arguments = hifigan.speecht5_arguments(config)
     rules = hifigan.speecht5_rules(n_mels=arguments["n_mels"])
     part = Part({"_target_": VOCODER, **arguments}, rules, tensors, str(folder))
     return Source(kind="transformers SpeechT5HifiGan", parts={"vocoder": part})
 
 
-def clap_folder(folder: Path, config: dict, tensors: Tensors, heads: str) -> Source:
-    """transformers' ClapModel."""
-    recipe = clap.transformers_recipe(config, preprocessor(folder))
-    part = Part(recipe, clap.transformers_rules(), tensors, str(folder))
-    return Source(kind="transformers ClapModel", parts={"clap": part}, tokenizer=vocabulary(folder))
-
-
-def clap_text_folder(folder: Path, config: dict, tensors: Tensors, heads: str) -> Source:
-    """transformers' ClapTextModelWithProjection: a CLAP without an audio tower."""
-    settings = {"text_config": config, "projection_dim": config.get("projection_dim", 512)}
-    recipe = clap.transformers_recipe(settings, {}) | {"audio_tower": None}
-    rules = [*clap.transformers_text_rules(), *clap.initial_scale_rules()]
+def clap_folder(folder: Path, config: dict, tensors: Tensors) -> Source:
+    """transformers' ClapModel, or one half of it."""
+    kind = config["model_type"]
+    name, table, notes = CLAP_KINDS[kind]
+    recipe = clap.transformers_recipe(config, preprocessor(folder), kind=kind)
+    part = Part(recipe, table(), tensors, str(folder))
     return Source(
-        kind="transformers ClapTextModelWithProjection",
-        parts={"clap": Part(recipe, rules, tensors, str(folder))},
-        tokenizer=vocabulary(folder),
-        notes=["CLAP's text half alone: it cannot rank candidates"],
+        kind=f"transformers {name}", parts={"clap": part}, tokenizer=vocabulary(folder), notes=list(notes)
     )
 
 
-def clap_audio_folder(folder: Path, config: dict, tensors: Tensors, heads: str) -> Source:
-    """transformers' ClapAudioModelWithProjection: a CLAP without a text tower."""
-    settings = {"audio_config": config, "projection_dim": config.get("projection_dim", 512)}
-    recipe = clap.transformers_recipe(settings, preprocessor(folder)) | {"text_tower": None}
-    rules = [*clap.transformers_audio_rules(), *clap.initial_scale_rules()]
-    return Source(
-        kind="transformers ClapAudioModelWithProjection",
-        parts={"clap": Part(recipe, rules, tensors, str(folder))},
-        notes=["CLAP's audio half alone: it cannot embed texts"],
-    )
-
-
-def roberta_folder(folder: Path, config: dict, tensors: Tensors, heads: str) -> Source:
+def roberta_folder(folder: Path, config: dict, tensors: Tensors) -> Source:
     """A RoBERTa trained on text, to start a CLAP's text tower from; its language-model head is dropped."""
-    tower = clap.roberta_tower(ROBERTA_DEFAULTS | config)
+    tower = clap.roberta_tower(config)
     tensors = tensors.below("roberta.") or tensors.without("lm_head.")
     rules, cautions = clap.roberta_rules(), []
     if "pooler.dense.weight" not in tensors:
@@ -221,13 +176,24 @@ def vocabulary(folder: Path) -> Path | None:
     return folder if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file() else None
 
 
-Reader = Callable[[Path, dict, Tensors, str], Source]
+CLAP_KINDS = {
+    "clap": ("ClapModel", clap.transformers_rules, ()),
+    "clap_text_model": (
+        "ClapTextModelWithProjection",
+        clap.transformers_text_rules,
+        ("CLAP's text half alone: it cannot rank candidates",),
+    ),
+    "clap_audio_model": (
+        "ClapAudioModelWithProjection",
+        clap.transformers_audio_rules,
+        ("CLAP's audio half alone: it cannot embed texts",),
+    ),
+}
+Reader = Callable[[Path, dict, Tensors], Source]
 KINDS: dict[str, Reader] = {
     "UNet2DConditionModel": unet_folder,
     "AutoencoderKL": vae_folder,
     "speecht5_hifigan": vocoder_folder,
-    "clap": clap_folder,
-    "clap_text_model": clap_text_folder,
-    "clap_audio_model": clap_audio_folder,
+    **dict.fromkeys(CLAP_KINDS, clap_folder),
     "roberta": roberta_folder,
 }

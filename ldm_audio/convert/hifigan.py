@@ -11,18 +11,40 @@ from typing import Any
 import torch
 
 from ldm_audio.convert.rules import Rule, fold_weight_norm, prefixed
+from ldm_audio.convert.settings import (
+    COUNT,
+    REQUIRED,
+    Kind,
+    Setting,
+    only,
+    read_settings,
+    several,
+    to_ours,
+    to_theirs,
+)
 from ldm_audio.errors import InputError
 
-# What transformers assumes of a key that is missing from a config.json.
-SPEECHT5_DEFAULTS = {
-    "model_in_dim": 80,
-    "upsample_initial_channel": 512,
-    "upsample_rates": [4, 4, 4, 4],
-    "upsample_kernel_sizes": [8, 8, 8, 8],
-    "resblock_kernel_sizes": [3, 7, 11],
-    "resblock_dilation_sizes": [[1, 3, 5]] * 3,
-    "leaky_relu_slope": 0.1,
-    "normalize_before": True,
+# What transformers assumes of a key that is missing from a config.json, and what ours can equal.
+SPEECHT5_SETTINGS = {
+    "model_in_dim": Setting(COUNT, 80, "n_mels"),
+    "upsample_initial_channel": Setting(COUNT, 512, "channels"),
+    "upsample_rates": Setting(several(COUNT), [4, 4, 4, 4], "upsample_rates"),
+    "upsample_kernel_sizes": Setting(several(COUNT), [8, 8, 8, 8], "upsample_kernels"),
+    "resblock_kernel_sizes": Setting(several(COUNT), [3, 7, 11], "resblock_kernels"),
+    "resblock_dilation_sizes": Setting(several(several(COUNT)), [[1, 3, 5]] * 3, "resblock_dilations"),
+    "leaky_relu_slope": Setting(only(0.1), 0.1),
+    "normalize_before": Setting(only(False), True),
+    "sampling_rate": Setting(COUNT, 16000),
+}
+# The JSON beside an original generator file, where every key is there.
+GENERATOR_SETTINGS = {
+    "num_mels": Setting(COUNT, REQUIRED, "n_mels"),
+    **{
+        key: Setting(setting.kind, REQUIRED, setting.ours)
+        for key, setting in SPEECHT5_SETTINGS.items()
+        if key.startswith(("upsample_", "resblock_"))
+    },
+    "resblock": Setting(Kind("1, the larger blocks", lambda value: str(value) == "1"), REQUIRED),
 }
 
 RELEASED = (
@@ -81,27 +103,17 @@ def convolution_rules(theirs: str, ours: str) -> list[Rule]:
     ]
 
 
-def speecht5_arguments(config: Mapping[str, Any], *, origin: str) -> dict[str, Any]:
-    """A transformers config.json -> arguments of `HiFiGAN`. `origin` names the file in messages.
+def speecht5_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `HiFiGAN` for a transformers `config.json`.
 
     Raises:
-        InputError: the vocoder normalises its input or leaks by another slope, which `HiFiGAN` does not.
+        InputError: names the key whose value `HiFiGAN` has no equal of; it does not normalise its input.
     """
-    config = SPEECHT5_DEFAULTS | {key: config[key] for key in SPEECHT5_DEFAULTS if key in config}
-    _refuse_others(config, {"normalize_before": False, "leaky_relu_slope": 0.1}, origin)
-    return {
-        "n_mels": config["model_in_dim"],
-        "channels": config["upsample_initial_channel"],
-        "upsample_rates": list(config["upsample_rates"]),
-        "upsample_kernels": list(config["upsample_kernel_sizes"]),
-        "resblock_kernels": list(config["resblock_kernel_sizes"]),
-        "resblock_dilations": [list(dilations) for dilations in config["resblock_dilation_sizes"]],
-        "high_resolution": False,
-    }
+    return to_ours(SPEECHT5_SETTINGS, read_settings(config, SPEECHT5_SETTINGS)) | {"high_resolution": False}
 
 
 def speecht5_config(arguments: Mapping[str, Any], *, sample_rate: int) -> dict[str, Any]:
-    """Arguments of `HiFiGAN` -> the config.json of a transformers folder, for export.
+    """The `config.json` of a vocoder with these arguments; the other way of `speecht5_arguments`.
 
     Raises:
         InputError: a high-resolution vocoder, whose padding transformers does not have.
@@ -111,40 +123,28 @@ def speecht5_config(arguments: Mapping[str, Any], *, sample_rate: int) -> dict[s
     return {
         "architectures": ["SpeechT5HifiGan"],
         "model_type": "speecht5_hifigan",
-        "model_in_dim": arguments["n_mels"],
+        **to_theirs(SPEECHT5_SETTINGS, arguments),
         "sampling_rate": sample_rate,
-        "upsample_initial_channel": arguments["channels"],
-        "upsample_rates": arguments["upsample_rates"],
-        "upsample_kernel_sizes": arguments["upsample_kernels"],
-        "resblock_kernel_sizes": arguments["resblock_kernels"],
-        "resblock_dilation_sizes": arguments["resblock_dilations"],
-        "initializer_range": 0.01,
         "leaky_relu_slope": 0.1,
         "normalize_before": False,
     }
 
 
-def generator_arguments(config: Mapping[str, Any], *, origin: str) -> dict[str, Any]:
-    """The JSON beside an original generator file -> arguments of `HiFiGAN`.
+def sample_rate(config: Mapping[str, Any]) -> int:
+    """Samples per second of a vocoder with this transformers `config.json`."""
+    return read_settings(config, SPEECHT5_SETTINGS)["sampling_rate"]
 
-    The 256-bin layout is taken for the high-resolution generator. `origin` names the file in messages.
+
+def generator_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `HiFiGAN` for the JSON beside an original generator file.
+
+    The 256-bin layout is taken for the high-resolution generator.
 
     Raises:
-        InputError: a key is missing, or the generator uses the smaller residual blocks (`resblock` "2").
+        InputError: names the key that is missing or unfit, such as `resblock` 2, the smaller blocks.
     """
-    names = {
-        "n_mels": "num_mels",
-        "channels": "upsample_initial_channel",
-        "upsample_rates": "upsample_rates",
-        "upsample_kernels": "upsample_kernel_sizes",
-        "resblock_kernels": "resblock_kernel_sizes",
-        "resblock_dilations": "resblock_dilation_sizes",
-    }
-    if missing := [key for key in (*names.values(), "resblock") if key not in config]:
-        raise InputError(f"{origin}: not the config of a HiFi-GAN generator, it lacks {', '.join(missing)}")
-    _refuse_others({"resblock": str(config["resblock"])}, {"resblock": "1"}, origin)
-    arguments = {ours: config[theirs] for ours, theirs in names.items()}
-    return arguments | {"high_resolution": config["num_mels"] == 256}
+    arguments = to_ours(GENERATOR_SETTINGS, read_settings(config, GENERATOR_SETTINGS))
+    return arguments | {"high_resolution": arguments["n_mels"] == 256}
 
 
 def released_arguments(shapes: Mapping[str, Sequence[int]], *, origin: str) -> dict[str, Any]:
@@ -178,9 +178,3 @@ def released_arguments(shapes: Mapping[str, Sequence[int]], *, origin: str) -> d
         f"{origin}: {first[1]} mel bins, {first[0]} channels and kernels {kernels} are not a released "
         "generator; give the JSON config that belongs to it"
     )
-
-
-def _refuse_others(config: Mapping[str, Any], supported: Mapping[str, Any], origin: str) -> None:
-    for key, value in supported.items():
-        if config[key] != value:
-            raise InputError(f"{origin}: {key} is {config[key]}, only {value} is supported")

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ldm_audio.convert import audioldm, clap, hifigan
+from ldm_audio.convert import audioldm, clap, hifigan, laion
 from ldm_audio.convert.parts import SCHEDULE, UNET, VAE, VOCODER, Part, Source, located, mel_settings
 from ldm_audio.convert.rules import drop, few, plan
 from ldm_audio.convert.stored import Tensors, read_json, state_dict
@@ -41,7 +41,7 @@ def recognise(state: Tensors, origin: str, *, ema: bool) -> Source:
         return whole_checkpoint(state, origin, ema=ema)
     if state.below(HTSAT_PREFIX):
         return htsat_start(state.below(HTSAT_PREFIX), state, origin)
-    if any(name.endswith(clap.LAION_ANCHOR) for name in state):
+    if any(name.endswith(laion.ANCHOR) for name in state):
         return laion_clap(state, origin)
     if "encoder.conv_in.weight" in state and "post_quant_conv.weight" in state:
         return vae_file(state, origin)
@@ -112,8 +112,8 @@ def vocoder_part(tensors: Tensors, origin: str, *, arguments: dict[str, Any] | N
 
 
 def clap_part(tensors: Tensors, origin: str) -> Part:
-    recipe = sizes(clap.laion_recipe, tensors, origin)
-    return Part(recipe, clap.laion_rules(), tensors, origin)
+    recipe = sizes(laion.clap_recipe, tensors, origin)
+    return Part(recipe, laion.clap_rules(), tensors, origin)
 
 
 def sizes(read_off, tensors: Tensors, origin: str) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def sizes(read_off, tensors: Tensors, origin: str) -> dict[str, Any]:
 
 def laion_clap(state: Tensors, origin: str) -> Source:
     """LAION's `.pt`, with `module.` before its names where it was trained in parallel, or without."""
-    prefix = clap.laion_prefix(state)
+    prefix = laion.prefix_of(state)
     if other := [name for name in state if not name.startswith(prefix)]:
         raise InputError(f"{origin}: no rule takes {few(other)}")
     return Source(kind="LAION CLAP", parts={"clap": clap_part(state.below(prefix), origin)})
@@ -134,9 +134,9 @@ def htsat_start(tensors: Tensors, state: Tensors, origin: str) -> Source:
     """HTSAT as trained on AudioSet, to start a CLAP's audio tower from; its classifier is dropped."""
     if len(tensors) < len(state):
         raise InputError(f"{origin}: no rule takes {few(state.without(HTSAT_PREFIX))}")
-    tower = sizes(lambda shapes: clap.laion_audio_tower(shapes, ""), tensors, origin)
+    tower = sizes(lambda shapes: laion.audio_tower_of(shapes, ""), tensors, origin)
     recipe = {"_target_": clap.HTSAT_TARGET, **tower, **clap.HTSAT_TRAINING}
-    part = Part(recipe, clap.laion_htsat_rules(), tensors, origin)
+    part = Part(recipe, laion.htsat_rules(), tensors, origin)
     return Source(kind="HTSAT, a start for CLAP", parts={"clap.audio_tower": part})
 
 
@@ -153,7 +153,7 @@ def generator_file(path: Path, state: Tensors) -> Source:
     for config in (path.with_suffix(".json"), path.parent / "config.json"):
         if config.is_file():
             with located(config):
-                arguments = hifigan.generator_arguments(read_json(config), origin=str(config))
+                arguments = hifigan.generator_arguments(read_json(config))
             part = vocoder_part(state, str(path), arguments=arguments)
             return Source(
                 kind="HiFi-GAN generator", parts={"vocoder": part}, notes=[f"sizes from {config.name}"]

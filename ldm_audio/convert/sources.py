@@ -6,7 +6,7 @@ hf://owner/name  hf://owner/name@revision  hf://owner/name/folder/file.pt
 import re
 from pathlib import Path
 
-from ldm_audio.convert.folders import open_network, open_pipeline
+from ldm_audio.convert.folders import choose_heads, open_network, open_pipeline
 from ldm_audio.convert.originals import open_original
 from ldm_audio.convert.parts import Source
 from ldm_audio.convert.pickles import read_pickle
@@ -33,18 +33,20 @@ def open_source(path: str | Path, *, ema: bool = True, heads: str = "config") ->
     if heads not in HEADS:
         raise InputError(f"heads={heads}: expected {' or '.join(HEADS)}")
     path = Path(path)
-    source = open_folder(path, heads=heads) if path.is_dir() else open_file(path, ema=ema)
+    source = open_folder(path) if path.is_dir() else open_file(path, ema=ema)
+    if path.is_dir() and "unet" in source.parts:
+        choose_heads(source, heads)
     dtypes = {str(dtype) for part in source.parts.values() for dtype in part.tensors.dtypes}
     if others := sorted(dtype.removeprefix("torch.") for dtype in dtypes - {"torch.float32"}):
         source.cautions.append(f"{path}: holds {' and '.join(others)} weights, taken as float32")
     return source
 
 
-def open_folder(path: Path, *, heads: str) -> Source:
+def open_folder(path: Path) -> Source:
     if (path / "model_index.json").is_file():
-        return open_pipeline(path, heads=heads)
+        return open_pipeline(path)
     if (path / "config.json").is_file():
-        return open_network(path, heads=heads)
+        return open_network(path)
     raise InputError(f"{path}: holds neither system.json, model_index.json nor config.json")
 
 

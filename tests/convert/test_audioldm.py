@@ -238,10 +238,3 @@ def test_files_of_another_layout_are_refused_by_the_tensor_they_lack():
         audioldm.unet_arguments({"conv_in.weight": (8, 4, 3, 3)})
     with pytest.raises(InputError, match=r"no tensor encoder\.conv_in\.weight"):
         audioldm.vae_arguments({})
-
-
-def test_head_width_of_an_own_model_can_be_given():
-    unet = UNet(**TOY | {"num_heads": [2, 4, 6]})
-    original = invert_rules(unet_rules(TOY), filled(unet))
-    shapes = {name: tensor.shape for name, tensor in original.items()}
-    assert audioldm.unet_arguments(shapes, head_channels=16)["num_heads"] == [2, 4, 6]

@@ -219,13 +219,14 @@ def test_vae_settings_without_an_equal_are_refused_by_name(key, value):
 def test_missing_keys_take_the_value_that_diffusers_assumes():
     import inspect
 
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
-    for network, defaults in (
-        (UNet2DConditionModel, layout.UNET_DEFAULTS | layout.UNET_FIXED),
-        (AutoencoderKL, layout.VAE_DEFAULTS | layout.VAE_FIXED),
+    for network, table in (
+        (UNet2DConditionModel, layout.UNET_SETTINGS),
+        (AutoencoderKL, layout.VAE_SETTINGS),
+        (DDIMScheduler, layout.SCHEDULE_SETTINGS),
     ):
         parameters = inspect.signature(network).parameters
-        for key, value in defaults.items():
+        for key, setting in table.items():
             theirs = parameters[key].default
-            assert (list(theirs) if isinstance(theirs, tuple) else theirs) == value, key
+            assert (list(theirs) if isinstance(theirs, tuple) else theirs) == setting.default, key

@@ -120,10 +120,8 @@ def our_clap(theirs):
         filling="repeatpad",
     )
     clap = CLAP(front_end=front_end, audio_tower=None, text_tower=text_tower, joint_dim=config.projection_dim)
-    scales = {name: tensor for name, tensor in clap.state_dict().items() if name.startswith("logit_scale")}
-    shapes = {name: shape for name, shape in shapes_of(clap).items() if name not in scales}
-    state = apply_rules(clap_layout.transformers_text_rules(), theirs.state_dict(), shapes)
-    clap.load_state_dict(state | scales)
+    rules = clap_layout.transformers_text_rules()
+    clap.load_state_dict(apply_rules(rules, theirs.state_dict(), shapes_of(clap)))
     return clap.double()
 
 
