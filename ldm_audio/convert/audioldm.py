@@ -12,12 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from ldm_audio.convert.rules import Rule, drop, prefixed
+from ldm_audio.convert.shapes import Shapes, shape_of
 from ldm_audio.errors import InputError
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
-
-Shapes = Mapping[str, Sequence[int]]
 
 
 def renamed(names: Mapping[str, str], *, optional: bool = False) -> list[Rule]:
@@ -179,20 +178,20 @@ def unet_arguments(shapes: Shapes) -> dict[str, Any]:
     Raises:
         InputError: names the tensor that an original UNet has and `shapes` does not.
     """
-    channels, in_channels = _shape(shapes, "input_blocks.0.0.weight")[:2]
+    channels, in_channels = shape_of(shapes, "input_blocks.0.0.weight")[:2]
     num_levels = 1 + sum(name.endswith(".0.op.weight") for name in shapes)
     num_res_blocks = _count(shapes, "input_blocks.{}.0.in_layers.0.weight", start=1)
     firsts = [f"input_blocks.{1 + level * (num_res_blocks + 1)}" for level in range(num_levels)]
-    widths = [_shape(shapes, f"{first}.0.out_layers.3.weight")[0] for first in firsts]
+    widths = [shape_of(shapes, f"{first}.0.out_layers.3.weight")[0] for first in firsts]
     channel_mults = [width // channels for width in widths]
-    condition_dim = _shape(shapes, "middle_block.0.emb_layers.1.weight")[1]
+    condition_dim = shape_of(shapes, "middle_block.0.emb_layers.1.weight")[1]
     keys = [shape for name, shape in shapes.items() if name.endswith(".attn2.to_k.weight")]
     context_dims = {inner for outer, inner in keys if inner != outer}  # none: attn2 is self-attention too
     if len(context_dims) > 1:
         raise InputError(f"contexts of several widths, {sorted(context_dims)}, are not supported")
     return {
         "in_channels": in_channels,
-        "out_channels": _shape(shapes, "out.2.weight")[0],
+        "out_channels": shape_of(shapes, "out.2.weight")[0],
         "channels": channels,
         "channel_mults": channel_mults,
         "num_res_blocks": num_res_blocks,
@@ -220,26 +219,20 @@ def vae_arguments(shapes: Shapes) -> dict[str, Any]:
     Raises:
         InputError: names the tensor that an original autoencoder has and `shapes` does not.
     """
-    channels, in_channels = _shape(shapes, "encoder.conv_in.weight")[:2]
+    channels, in_channels = shape_of(shapes, "encoder.conv_in.weight")[:2]
     num_levels = _count(shapes, "encoder.down.{}.block.0.conv1.weight")
     return {
         "in_channels": in_channels,
         "channels": channels,
         "channel_mults": [
-            _shape(shapes, f"encoder.down.{level}.block.0.conv2.weight")[0] // channels
+            shape_of(shapes, f"encoder.down.{level}.block.0.conv2.weight")[0] // channels
             for level in range(num_levels)
         ],
         "num_res_blocks": _count(shapes, "encoder.down.0.block.{}.conv1.weight"),
-        "latent_channels": _shape(shapes, "post_quant_conv.weight")[0],
+        "latent_channels": shape_of(shapes, "post_quant_conv.weight")[0],
         "norm_groups": 32,
         "dropout": 0.0,
     }
-
-
-def _shape(shapes: Shapes, name: str) -> Sequence[int]:
-    if name not in shapes:
-        raise InputError(f"not the layout of AudioLDM: there is no tensor {name}")
-    return shapes[name]
 
 
 def _count(shapes: Shapes, template: str, *, start: int = 0) -> int:

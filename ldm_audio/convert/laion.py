@@ -8,11 +8,12 @@ the unused `mlp_loss`. LAION's own loader would want them, so that there is no c
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from ldm_audio.convert.clap import bias_table_rule, patch_embed_rules, recipe, roberta_rules
 from ldm_audio.convert.rules import Rule, drop, prefixed
+from ldm_audio.convert.shapes import Shapes, count, shape_of
 from ldm_audio.errors import InputError
 
 ANCHOR = "audio_branch.bn0.weight"
@@ -68,7 +69,7 @@ def prefix_of(names: Iterable[str]) -> str:
     return found[0]
 
 
-def clap_recipe(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def clap_recipe(shapes: Shapes) -> dict[str, Any]:
     """The config of a CLAP from the shapes of LAION's tensors (bare names).
 
     Read off: widths, depths, heads, window, patch, fusion, vocabulary. As released, since nothing tells them:
@@ -95,7 +96,7 @@ def clap_recipe(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     return recipe(audio_tower, text_tower, front_end, joint_dim=joint_dim)
 
 
-def audio_tower_of(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, Any]:
+def audio_tower_of(shapes: Shapes, prefix: str) -> dict[str, Any]:
     """The sizes of an HTSAT whose names begin with `prefix`, under LAION's names or those of its ancestor."""
     dim, channels, patch_size, _ = shape_of(shapes, f"{prefix}patch_embed.proj.weight")
     layers = re.escape(f"{prefix}layers.")
@@ -120,13 +121,6 @@ def audio_tower_of(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[s
     }
 
 
-def shape_of(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
-    """The shape of `name`; InputError where there is none."""
-    if name not in shapes:
-        raise InputError(f"no tensor named {name}: expected LAION's CLAP with an HTSAT and a RoBERTa tower")
-    return shapes[name]
-
-
 def fusion_of(names: Collection[str], channels: int, prefix: str) -> str | None:
     """The fusion type from the names of LAION's tensors and the input channels of its patches."""
     if channels == 4:
@@ -137,8 +131,3 @@ def fusion_of(names: Collection[str], channels: int, prefix: str) -> str | None:
     if f"{patch_embed}.fusion_model.local_att.0.weight" in names:
         return "aff_2d"
     return "daf_2d" if f"{patch_embed}.mel_conv2d.weight" in names else None
-
-
-def count(names: Iterable[str], pattern: str) -> int:
-    """How many different numbers the one group of `pattern` takes among the names."""
-    return len({found[1] for name in names if (found := re.fullmatch(pattern, name))})

@@ -14,7 +14,6 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor
 
-from ldm_audio.convert.clap import count
 from ldm_audio.convert.clvp import (
     CLVP_TARGET,
     DROPOUT,
@@ -27,6 +26,7 @@ from ldm_audio.convert.clvp import (
     transpose,
 )
 from ldm_audio.convert.rules import Rule, cat_rows, drop, prefixed, split_rows
+from ldm_audio.convert.shapes import count
 from ldm_audio.errors import InputError
 from ldm_audio.models.clvp import inverse_frequencies
 
