@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "diffusion": ALONE,
     "data": ALONE | {"audio"},
     "objectives": ALONE | {"diffusion", "distributed", "audio"},
-    "pipelines": ALONE | {"diffusion", "audio"},
+    "pipelines": ALONE | {"layers", "diffusion", "audio"},
     "evaluation": ALONE | {"models", "audio"},
     "convert": LAYER_0 | {"models", "diffusion", "data"},
     "training": ALONE | {"distributed", "audio", "objectives.base"},

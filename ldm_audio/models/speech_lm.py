@@ -87,17 +87,19 @@ class Cache:
 
         The prefix's keys meet the queries of all rows in one product, and are never copied.
         """
+        rows, heads, dim = q.shape
         own = self.own[block]
         own[:, :, :, self.length] = kv
-        keys, values = own[:, :, :, : self.length + 1]  # (b, h, t, d) each
+        # Views with rows and heads joined: products of larger tensors would copy them first.
+        keys, values = own.flatten(1, 2)[:, :, : self.length + 1]  # (b h, t, d) each
         prefix_keys, prefix_values = self.prefix[block]  # (h, l, d) each
-        q = q * q.shape[-1] ** -0.5
-        to_prefix = torch.einsum("b h d, h l d -> b h l", q, prefix_keys)
-        to_own = torch.einsum("b h d, b h t d -> b h t", q, keys)
+        q = q * dim**-0.5
+        to_prefix = torch.matmul(q.transpose(0, 1), prefix_keys.transpose(1, 2)).transpose(0, 1)  # (b, h, l)
+        to_own = torch.bmm(q.reshape(rows * heads, 1, dim), keys.transpose(1, 2)).view(rows, heads, -1)
         weights = torch.cat([to_prefix, to_own], dim=-1).softmax(dim=-1)
         on_prefix, on_own = weights.split([to_prefix.shape[-1], to_own.shape[-1]], dim=-1)
-        from_prefix = torch.einsum("b h l, h l d -> b h d", on_prefix, prefix_values)
-        return from_prefix + torch.einsum("b h t, b h t d -> b h d", on_own, values)
+        from_prefix = torch.matmul(on_prefix.transpose(0, 1), prefix_values).transpose(0, 1)  # (b, h, d)
+        return from_prefix + torch.bmm(on_own.reshape(rows * heads, 1, -1), values).view(rows, heads, dim)
 
     def reorder(self, rows: Tensor) -> None:
         """Row i goes on from what row `rows[i]` was; for beams."""
