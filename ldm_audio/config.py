@@ -72,6 +72,7 @@ def open_run(cfg: DictConfig) -> Path:
     A run that never came to its first step has nothing to continue.
     """
     require(cfg)
+    check_mixup(cfg)
     folder = Path(cfg.folder)
     path = folder / "config.yaml"
     config = OmegaConf.create(plain(cfg))
@@ -101,6 +102,18 @@ def require(cfg: DictConfig) -> None:
         plain(cfg)
     except InterpolationResolutionError as error:
         raise InputError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def check_mixup(cfg: DictConfig) -> None:
+    """InputError where a mixup was chosen that data or objective cannot do; none is left out silently."""
+    if cfg.mixup.prob == 0:
+        return
+    if "mixup" not in cfg.data.train:
+        raise InputError(
+            "mixup: this data cannot be mixed; folder, audiocaps, synthetic_tracks and latents can"
+        )
+    if cfg.mixup.space == "latent" and "mixup" not in cfg.objective:
+        raise InputError("mixup.space=latent: only objective=latent_diffusion mixes latents; use audio")
 
 
 def missing_keys(node: object, key: str = "") -> list[str]:

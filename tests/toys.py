@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm_audio.audio.clap_mel import ClapMel
 from ldm_audio.audio.mel import LogMel
+from ldm_audio.audio.mixup import Mixup
 from ldm_audio.data.tokenizers import Tokenizer, train_bpe
 from ldm_audio.diffusion.schedule import Schedule
 from ldm_audio.models.clap import CLAP
@@ -125,6 +126,16 @@ def randomise(network: nn.Module) -> nn.Module:
     return network
 
 
+def mixup(**changes) -> Mixup:
+    settings = {
+        "space": "audio", "prob": 1.0, "alpha": 5.0, "align": "downbeat", "tempo_width": 3.0,
+        "tempo_match": "bucket", "octave_fold": False, "allow_self": False, "no_beats": "skip",
+        "last_downbeat": True, "min_overlap": 5.12, "crop": "first", "premix": "none", "text": "anchor",
+        "latent": "sample", "renorm": "none", "condition_tail": "trim",
+    }  # fmt: skip
+    return Mixup(**settings | changes)
+
+
 def patch_discriminator() -> PatchDiscriminator:
     return PatchDiscriminator(in_channels=1, channels=4, num_layers=1)
 
@@ -160,7 +171,7 @@ def diffusion_objective(**changes) -> LatentDiffusionObjective:
         "mel": mel(), "unet": unet(), "vae": randomise(vae()), "clap": randomise(clap()),
         "vocoder": randomise(vocoder()),
         "tokenizer": tokenizer(), "schedule": Schedule(**SCHEDULE), "seed": 0, "text_probability": 0.0,
-        "condition_dropout": 0.1, "allow_random_frozen": True,
+        "condition_dropout": 0.1, "mixup": mixup(prob=0.0), "allow_random_frozen": True,
     }  # fmt: skip
     return LatentDiffusionObjective(**settings | changes)
 

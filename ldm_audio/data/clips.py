@@ -15,9 +15,13 @@ from typing import Literal
 import numpy as np
 import torch
 
+from ldm_audio.audio.beats import Beats
 from ldm_audio.audio.io import read_audio, resample
+from ldm_audio.audio.mixup import Mixup, whole_tempo
+from ldm_audio.data.beat_table import TABLE, beats_of
 from ldm_audio.data.loader import ItemKey
 from ldm_audio.data.manifest import Clip, audiocaps_clips, folder_clips, hours
+from ldm_audio.data.mixing import Mixed, Track, mixed
 from ldm_audio.errors import InputError
 
 Normalise = Literal["peak_half", "none"]
@@ -34,7 +38,8 @@ class Clips:
 
     normalise: `peak_half` removes the mean and scales to a peak of 0.5, `none` leaves the recording's level.
     random_crop: where a longer recording is cut; False takes its beginning. caption: which of a clip's
-    captions. channel: `mix` averages them, `first` takes the left one.
+    captions. channel: `mix` averages them, `first` takes the left one. beats: of every clip, for mixing them
+    in time; None where that is not to happen.
 
     Reading raises InputError for a file that has become unreadable or holds NaN, and names it.
     """
@@ -50,6 +55,7 @@ class Clips:
         random_crop: bool,
         caption: CaptionChoice,
         channel: Channel,
+        beats: Sequence[Beats] | None = None,
     ):
         for name, value, choices in (
             ("normalise", normalise, ("peak_half", "none")),
@@ -73,6 +79,7 @@ class Clips:
         self.random_crop = random_crop
         self.caption = caption
         self.channel = channel
+        self.beats = beats
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -90,14 +97,16 @@ class Clips:
         epoch, index, _ = (0, key, key) if isinstance(key, int) else key
         clip = self.clips[index]
         rng = np.random.default_rng([self.seed, epoch, index])
-        caption = clip.captions[rng.integers(len(clip.captions)) if self.caption == "random" else 0]
+        caption = self.choose_caption(clip, rng)
         source, source_rate = self.read_segment(clip, rng)
         waveform = resample(source, source_rate, self.sample_rate)[: self.num_samples]
-        if self.normalise == "peak_half":
-            waveform = peak_half(waveform)
+        waveform = self.level(waveform)
         padded = np.zeros(self.num_samples, dtype=np.float32)
         padded[: len(waveform)] = waveform
         return {"waveform": torch.from_numpy(padded), "caption": caption, "file_name": str(clip.path)}
+
+    def choose_caption(self, clip: Clip, rng: np.random.Generator) -> str:
+        return clip.captions[rng.integers(len(clip.captions)) if self.caption == "random" else 0]
 
     def read_segment(self, clip: Clip, rng: np.random.Generator) -> tuple[np.ndarray, int]:
         """Mono (s,) at the file's own rate, just long enough, and that rate."""
@@ -114,6 +123,27 @@ class Clips:
     def read_mono(self, clip: Clip, start: int, num_samples: int) -> tuple[np.ndarray, int]:
         waveform, sample_rate = read_audio(clip.path, start=start, num_samples=num_samples)  # (c, s)
         return (waveform[0] if self.channel == "first" else waveform.mean(axis=0)), sample_rate
+
+    def level(self, waveform: np.ndarray) -> np.ndarray:
+        """(s,) as `normalise` says."""
+        return peak_half(waveform) if self.normalise == "peak_half" else waveform
+
+    def tempos(self) -> list[float]:
+        """Whole beats a minute by index, 0 for a clip without beats."""
+        return [float(whole_tempo(beats)) for beats in self.beats]
+
+    def track(self, index: int, epoch: int) -> Track:
+        """The whole recording, to be cut and mixed."""
+        clip = self.clips[index]
+        rng = np.random.default_rng([self.seed, epoch, index])
+        caption = self.choose_caption(clip, rng)
+        rate = clip.info.sample_rate
+
+        def read(start: float, count: int) -> np.ndarray:
+            source, _ = self.read_mono(clip, round(start * rate), -(-count * rate // self.sample_rate))
+            return resample(source, rate, self.sample_rate)[:count]
+
+        return Track(self.beats[index], caption, read)
 
 
 def peak_half(waveform: np.ndarray) -> np.ndarray:
@@ -135,10 +165,19 @@ def folder(
     random_crop: bool = True,
     caption: CaptionChoice = "random",
     channel: Channel = "mix",
-) -> Clips:
-    """The recordings that a CSV in the folder `path` names; see `manifest.folder_clips`."""
-    return Clips(
-        folder_clips(path, csv=csv, file_column=file_column, caption_column=caption_column),
+    mixup: Mixup | None = None,
+    beats: str | Path | None = None,
+) -> Clips | Mixed:
+    """The recordings that a CSV in the folder `path` names; see `manifest.folder_clips`.
+
+    mixup: mixes them; beats: the table of their beats, `beats.jsonl` in the folder for None.
+    """
+    clips = folder_clips(path, csv=csv, file_column=file_column, caption_column=caption_column)
+    return mixed_clips(
+        clips,
+        mixup=mixup,
+        beats=beats or Path(path) / TABLE,
+        root=path,
         sample_rate=sample_rate,
         num_samples=num_samples,
         seed=seed,
@@ -162,10 +201,16 @@ def audiocaps(
     random_crop: bool = True,
     caption: CaptionChoice = "random",
     channel: Channel = "mix",
-) -> Clips:
-    """What is there of AudioCaps; see `manifest.audiocaps_clips`."""
-    return Clips(
-        audiocaps_clips(csv, audio_root, patterns=patterns, report=report),
+    mixup: Mixup | None = None,
+    beats: str | Path | None = None,
+) -> Clips | Mixed:
+    """What is there of AudioCaps; see `manifest.audiocaps_clips`, and `folder` for `mixup` and `beats`."""
+    clips = audiocaps_clips(csv, audio_root, patterns=patterns, report=report)
+    return mixed_clips(
+        clips,
+        mixup=mixup,
+        beats=beats or Path(audio_root) / TABLE,
+        root=audio_root,
         sample_rate=sample_rate,
         num_samples=num_samples,
         seed=seed,
@@ -174,3 +219,16 @@ def audiocaps(
         caption=caption,
         channel=channel,
     )
+
+
+def mixed_clips(
+    clips: Sequence[Clip], *, mixup: Mixup | None, beats: str | Path, root: str | Path, **settings: object
+) -> Clips | Mixed:
+    """The clips, mixed where `mixup` says so; plain mixup, which aligns nothing, needs no table of beats."""
+    if mixup is None or mixup.prob == 0:
+        return Clips(clips, **settings)
+    if mixup.align == "none" and mixup.tempo_width is None:
+        found = [Beats((), (), clip.info.num_samples / clip.info.sample_rate) for clip in clips]
+    else:
+        found = beats_of(beats, [(clip.path, clip.info) for clip in clips], root=root)
+    return mixed(Clips(clips, **settings, beats=found), mixup)

@@ -182,7 +182,13 @@ def test_the_configs_compose_and_build(tmp_path, name, target):
     )
     assert all(group[key] == "???" for key in roots)
     cfg = OmegaConf.create(
-        {"audio": {"sample_rate": 16000}, "seed": 3, "folder": str(tmp_path), "data": group | roots}
+        {
+            "audio": {"sample_rate": 16000},
+            "seed": 3,
+            "folder": str(tmp_path),
+            "data": group | roots,
+            "mixup": None,
+        }
     )
     train, val = instantiate(cfg.data.train), instantiate(cfg.data.val)
     assert group["train"]["_target_"] == f"{target.__module__}.{target.__name__}"
