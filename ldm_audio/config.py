@@ -246,30 +246,6 @@ def val_loader(cfg: DictConfig, data) -> Iterable[dict]:
     return make_loader(data, sequential_batches(len(data), cfg.batch_size, cfg.val_items), num_workers=0)
 
 
-def read_prompts(cfg: DictConfig) -> list[str]:
-    """The prompts of `prompt` (one or a list) or of the lines of the file `prompts`."""
-    if (cfg.prompt is None) == (cfg.prompts is None):
-        raise InputError('give either prompt="..." or prompts=FILE with one prompt a line')
-    if cfg.prompt is not None:
-        return [cfg.prompt] if isinstance(cfg.prompt, str) else list(cfg.prompt)
-    path = Path(cfg.prompts)
-    if not path.is_file():
-        raise InputError(f"prompts={path}: no such file")
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    prompts = [line for line in prompts if line]
-    if not prompts:
-        raise InputError(f"prompts={path}: expected one prompt a line, found none")
-    return prompts
-
-
-def open_samples(cfg: DictConfig) -> Path:
-    """The folder for samples; InputError if it holds some already and `overwrite` is false."""
-    folder = Path(cfg.out)
-    if (folder / "samples.jsonl").exists() and not cfg.overwrite:
-        raise InputError(f"{folder} holds samples already: choose out=FOLDER or overwrite=true")
-    return folder
-
-
 def encode_data(overrides: Sequence[str]) -> None:
     """`ldm-audio encode`: composes `configs/encode.yaml`, writes the latents of data.train and data.val."""
     with initialize_config_dir(str(checkout() / "configs"), version_base="1.3"):

@@ -27,6 +27,7 @@ from ldm_audio.objectives.contrastive import ContrastiveObjective
 from ldm_audio.objectives.latent_diffusion import LatentDiffusionObjective
 from ldm_audio.objectives.vae import VAEObjective
 from ldm_audio.objectives.vocoder import VocoderObjective
+from ldm_audio.pipelines.text_to_audio import TextToAudio
 
 RATE = 16000
 SAMPLES = 2560  # 16 mel frames
@@ -134,6 +135,14 @@ def mixup(**changes) -> Mixup:
         "latent": "sample", "renorm": "none", "condition_tail": "trim",
     }  # fmt: skip
     return Mixup(**settings | changes)
+
+
+def pipeline() -> TextToAudio:
+    """Text to audio with random networks; a latent frame is 20 ms."""
+    return TextToAudio(
+        unet=randomise(unet()), vae=randomise(vae()), vocoder=randomise(vocoder()), clap=randomise(clap()),
+        tokenizer=tokenizer(), schedule=Schedule(**SCHEDULE), mel=mel(), latent_scale=0.9,
+    )  # fmt: skip
 
 
 def patch_discriminator() -> PatchDiscriminator:

@@ -51,6 +51,12 @@ class HiFiGAN(nn.Module):
     ):
         super().__init__()
         self.hop_length = math.prod(upsample_rates)
+        self.context_frames = context_frames(
+            upsample_rates=upsample_rates,
+            upsample_kernels=upsample_kernels,
+            resblock_kernels=resblock_kernels,
+            resblock_dilations=resblock_dilations,
+        )
         self.conv_pre = nn.Conv1d(n_mels, channels, kernel_size=7, padding=3)
         self.ups = nn.ModuleList()
         self.resblocks = nn.ModuleList()
@@ -145,3 +151,21 @@ def upsample_padding(*, rate: int, kernel: int, high_resolution: bool) -> tuple[
     if high_resolution:
         return rate // 2 + rate % 2, rate % 2
     return (kernel - rate) // 2, 0
+
+
+def context_frames(
+    *,
+    upsample_rates: Sequence[int],
+    upsample_kernels: Sequence[int],
+    resblock_kernels: Sequence[int],
+    resblock_dilations: Sequence[Sequence[int]],
+) -> int:
+    """How many mel frames to either side of a frame its samples depend on, at most."""
+    reach = 3  # samples of the last convolution
+    widest = max(
+        (kernel - 1) // 2 * sum(dilation + 1 for dilation in dilations)
+        for kernel, dilations in zip(resblock_kernels, resblock_dilations, strict=True)
+    )
+    for rate, kernel in zip(reversed(upsample_rates), reversed(upsample_kernels), strict=True):
+        reach = math.ceil((reach + widest + kernel) / rate)
+    return reach + 3  # and those of the first

@@ -1,13 +1,11 @@
-"""Pictures and pages of sounds: log-mel spectrograms in one sheet, a page with players, a folder of samples.
+"""Pictures and pages of sounds: log-mel spectrograms in one sheet, a page with players.
 
 Axes: f mel bins, n mel frames.
 """
 
 import html
-import json
 import math
 import os
-import re
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -18,10 +16,8 @@ from urllib.parse import quote
 import numpy as np
 from torch import Tensor
 
-from ldm_audio.audio.io import write_wav
 from ldm_audio.audio.mel import LogMel, hz_to_mel
 from ldm_audio.errors import InputError
-from ldm_audio.pipelines.text_to_audio import Generated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -160,38 +156,6 @@ p {{ margin: .4rem 0 0; opacity: .75; font-size: .9em; overflow-wrap: anywhere; 
 </body>
 </html>
 """
-
-
-def write_samples(folder: str | Path, generated: Generated, *, mel: LogMel, settings: dict) -> None:
-    """A wav file and a picture a row, `samples.jsonl`, `settings.json`, and the page that shows them.
-
-    Files are numbered in the order of the rows and named after their prompts.
-    """
-    folder = Path(folder)
-    records, clips = [], []
-    for row, prompt in enumerate(generated.prompts):
-        name = f"{row:04d}{slug(prompt)}"
-        seed, candidate = generated.seeds[row]
-        write_wav(folder / f"{name}.wav", generated.waveforms[row], mel.sample_rate)
-        mel_sheet(folder / f"{name}.png", [generated.mels[row]], [""], mel=mel)
-        record = {"file": f"{name}.wav", "prompt": prompt, "seed": seed, "candidate": candidate}
-        note = f"seed {seed}"
-        if generated.scores is not None:
-            record["score"] = round(generated.scores[row].item(), 6)
-            note += f", candidate {candidate}, CLAP {record['score']:.3f}"
-        records.append(record)
-        clips.append(Clip(title=prompt, audio=f"{name}.wav", picture=f"{name}.png", note=note))
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(folder / "samples.jsonl", lambda partial: partial.write_text(lines, encoding="utf-8"))
-    write_atomically(folder / "settings.json", lambda partial: partial.write_text(text, encoding="utf-8"))
-    write_page(folder, clips, "Samples")
-
-
-def slug(prompt: str) -> str:
-    """`-` and a prompt's letters and digits, fit for a file's name; nothing of a prompt without any."""
-    words = re.findall(r"[a-z0-9]+", prompt.lower())
-    return "".join(f"-{word}" for word in words)[:48].rstrip("-")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

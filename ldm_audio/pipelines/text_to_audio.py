@@ -3,23 +3,24 @@
 The prompt's CLAP text embedding steers the diffusion of mel latents, which the VAE and the vocoder turn into
 sound. As in both, the network's unconditional embedding is CLAP's of "", and several candidates of a prompt
 are ranked by CLAP's similarity of sound and condition. Departures: candidates compete within their prompt
-only (diffusers: across prompts), no prompt is dropped at random (the original drops a tenth), and every row
-has its own noise, so that a prompt and a seed give the same sound in any batch.
+only (diffusers: across prompts), no prompt is dropped at random (the original drops a tenth), every row has
+its own noise, so that a prompt and a seed give the same sound in any batch, and a sound longer than the
+network knows is denoised in overlapping windows.
 
-Axes: p prompts, k candidates, b = p k rows (a prompt's candidates side by side), d width, f mel bins,
-n mel frames, s samples.
+Axes: b = p k rows (a prompt's candidates side by side), c channels, d width, f mel bins (of the latent or the
+mel), k candidates, n mel frames, p prompts, s samples, t latent frames.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
 from ldm_audio.audio.io import resample_sinc
@@ -27,11 +28,15 @@ from ldm_audio.audio.mel import LogMel
 from ldm_audio.diffusion.guidance import classifier_free
 from ldm_audio.diffusion.samplers import Spacing, timestep_grid
 from ldm_audio.diffusion.schedule import Schedule
+from ldm_audio.diffusion.windows import windowed
 from ldm_audio.errors import InputError
 from ldm_audio.pipelines.decoding import decode_latents
 from ldm_audio.randomness import RowRandom
 
 Tokenizer = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+Progress = Callable[[int, int], None]
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,26 @@ class Generated:
     scores: Tensor | None  # (b,) cosine of sound and condition, where candidates were ranked
     prompts: list[str]  # one a row; "" where the condition was given as an embedding
     seeds: list[tuple[int, int]]  # (seed, candidate) of each row
+    embeds: Tensor  # (b, d) the conditions, as `prompt_embeds` takes them
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an edit begins with; see `pipelines.editing`."""
+
+    z0: Tensor  # (c, t, f) latents of the sound that is edited, as the diffusion knows them
+    num_samples: int  # of the result
+    strength: float  # how much of the schedule is run, in (0, 1]; 1 starts from noise
+    keep_mask: Tensor | None  # (t, f) bool, True = held to z0 while the rest is denoised
+    finish: Callable[[Tensor], Tensor]  # (b, s) what the networks made -> (b, s) with what must be kept
+    one_step_noisier: bool = False  # start at the noise of the grid's step before, as AudioLDM does
+
+
+class Edit(Protocol):
+    """A manipulation of a recording, see `pipelines.editing`."""
+
+    def prepare(self, pipeline: "TextToAudio", duration: float | None) -> Source:
+        """Reads and encodes the recording; duration: seconds of the result, None: the recording's."""
 
 
 class TextToAudio:
@@ -81,10 +106,29 @@ class TextToAudio:
         """Where the networks are."""
         return next(self.unet.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What latents and conditions are computed in, whatever the networks are: float32 at least."""
+        return torch.promote_types(next(self.unet.parameters()).dtype, torch.float32)
+
     def to(self, device: str | torch.device) -> Self:
         """Moves the networks, in place; returns the pipeline."""
         for network in (self.unet, self.vae, self.vocoder, self.clap):
             network.to(device)
+        return self
+
+    def set_precision(self, precision: str) -> Self:
+        """`fp32`, or `bf16` for the UNet, the VAE and the vocoder, in place; CLAP and latents stay fp32."""
+        if precision not in PRECISIONS:
+            raise InputError(f"precision={precision!r}: expected {' or '.join(PRECISIONS)}")
+        for network in (self.unet, self.vae, self.vocoder):
+            network.to(PRECISIONS[precision])
+        return self
+
+    def compile(self) -> Self:
+        """Compiles the UNet, the VAE's decoder and the vocoder, in place: a slow start, then faster."""
+        for network in (self.unet, self.vae.decoder, self.vocoder):
+            network.compile()
         return self
 
     @torch.no_grad()
@@ -92,65 +136,96 @@ class TextToAudio:
         self,
         prompts: Sequence[str] | None = None,
         *,
-        duration: float,
+        duration: float | None,
         num_steps: int,
         guidance_scale: float,
         sampler: Callable[..., Tensor],
         spacing: Spacing,
-        seed: int,
+        seed: int | Sequence[int],
         batch_size: int,
         prompt_embeds: Tensor | None = None,
         negative_prompts: Sequence[str] | None = None,
         num_waveforms_per_prompt: int = 1,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[int, int] | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        latents: Tensor | None = None,
+        edit: Edit | None = None,
+        window: float = 10.24,
+        overlap: float = 2.56,
+        decode_window: float | None = None,
+        progress: Progress | None = None,
     ) -> Generated:
         """p prompts, or p embeddings (p, d) instead -> p * num_waveforms_per_prompt sounds.
 
-        duration: seconds, to the nearest sample. sampler: of `diffusion.samplers`, its own settings bound:
-        `functools.partial(ddim, eta=1.0)`. batch_size: rows at a time (guidance doubles them in the network).
-        negative_prompts: one a prompt, in place of "". seed: a row's noise depends on it and on the number of
-        the candidate alone: different prompts begin with the same noise. guidance_*: see `classifier_free`.
+        duration: seconds, to the nearest sample; None: as long as the sound that is edited.
+        sampler: of `diffusion.samplers`, its own settings bound: `functools.partial(ddim, eta=1.0)`.
+        batch_size: rows at a time (guidance doubles them in the network).
+        negative_prompts: one a prompt, in place of "". seed: of all prompts, or one each; a row's noise
+        depends on it and on the number of the candidate alone: prompts of one seed begin with the same noise.
+        guidance_*: see `classifier_free`. latents: (b, c, t, f) noise to begin with in place of the seed's.
+        edit: changes a recording instead of beginning from nothing, see `pipelines.editing`.
+        window, overlap: seconds; what is longer is denoised in windows, see `diffusion.windows`.
+        decode_window: seconds that the VAE decodes at a time; None: all, see `pipelines.decoding`.
         progress: called with the sampling steps done and their total.
 
         Raises InputError for what cannot be sampled; the message names the argument.
         """
-        self.check(prompts, prompt_embeds, negative_prompts, duration, num_waveforms_per_prompt, batch_size)
+        self.check(prompts, prompt_embeds, negative_prompts, num_waveforms_per_prompt, batch_size)
         timesteps = timestep_grid(num_steps, self.schedule, spacing)
-        num_samples = round(duration * self.mel.sample_rate)
+        source = None if edit is None else edit.prepare(self, duration)
+        num_samples = self.num_samples(duration) if source is None else source.num_samples
         shape = self.latent_shape(num_samples)
+        steps, noise_level = (timesteps, None) if source is None else shortened(timesteps, source)
 
-        place = next(self.unet.parameters())  # its device and dtype are the sampling's
-        embed = (self.embed(prompts, batch_size) if prompt_embeds is None else prompt_embeds).to(place)
-        negative = self.embed([""] if negative_prompts is None else negative_prompts, batch_size).to(place)
-        negative = negative.expand_as(embed)
+        embed = self.embed(prompts, batch_size) if prompt_embeds is None else prompt_embeds
+        embed = embed.to(self.device, self.dtype)
+        negative = self.embed([""] if negative_prompts is None else negative_prompts, batch_size)
+        negative = negative.to(embed).expand_as(embed)
         num_prompts, candidates = len(embed), num_waveforms_per_prompt
         embed, negative = (repeat(rows, "p d -> (p k) d", k=candidates) for rows in (embed, negative))
-        keys = [(seed, candidate) for _ in range(num_prompts) for candidate in range(candidates)]
+        seeds = [seed] * num_prompts if isinstance(seed, int) else list(seed)
+        if len(seeds) != num_prompts:
+            raise InputError(f"{len(seeds)} seeds for {num_prompts} prompts")
+        keys = [(number, candidate) for number in seeds for candidate in range(candidates)]
+        if latents is not None and latents.shape != (len(keys), *shape):
+            raise InputError(f"latents {tuple(latents.shape)}: expected {(len(keys), *shape)}")
 
+        per_frame = self.vae.downsample * self.mel.hop_length / self.mel.sample_rate  # seconds
         guide = partial(
             classifier_free,
-            self.unet,
+            windowed(self.predict, window=round(window / per_frame), overlap=round(overlap / per_frame)),
             guidance_scale=guidance_scale,
             rescale=guidance_rescale,
             interval=guidance_interval,
         )
-        done, total = itertools.count(), num_steps * math.ceil(len(keys) / batch_size)
-
-        def report(zt: Tensor, timestep: Tensor) -> Tensor:
-            if progress is not None:
-                progress(next(done), total)
-            return zt
+        decode_frames = None if decode_window is None else round(decode_window / per_frame)
+        done, total = itertools.count(), len(steps) * math.ceil(len(keys) / batch_size)
 
         waveforms, mels, scores = [], [], []
         for start in range(0, len(keys), batch_size):
             chunk = slice(start, start + batch_size)
             rows = RowRandom(keys[chunk])
-            z = rows.randn(*shape).to(embed)
+            z = (rows.randn(*shape) if latents is None else latents[chunk]).to(embed)
+            hold = None
+            if source is not None:
+                z, hold = self.begin_edit(source, z, noise_level, rows)
+
+            def before_step(zt: Tensor, timestep: Tensor, hold: Callable | None = hold) -> Tensor:
+                if progress is not None:
+                    progress(next(done), total)
+                return zt if hold is None else hold(zt, timestep)
+
             denoiser = guide(embed[chunk], negative[chunk])
-            z0 = sampler(denoiser, z, timesteps, self.schedule, rows.randn, report)
-            waveform, mel = decode_latents(self.vae, self.vocoder, z0, self.latent_scale, num_samples)
+            z0 = sampler(denoiser, z, steps, self.schedule, rows.randn, before_step)
+            if source is not None and source.keep_mask is not None:
+                z0 = torch.where(source.keep_mask, source.z0, z0)
+            waveform, mel = decode_latents(
+                self.vae, self.vocoder, z0, self.latent_scale, num_samples, decode_window=decode_frames
+            )
+            waveform = waveform.to(self.dtype)
+            if source is not None:
+                waveform = source.finish(waveform)
+                mel = self.mel(waveform)
             waveforms.append(waveform.float().cpu())
             mels.append(mel.float().cpu())
             if candidates > 1:
@@ -164,15 +239,40 @@ class TextToAudio:
             scores=torch.cat(scores) if scores else None,
             prompts=[prompt for prompt in prompts or [""] * num_prompts for _ in range(candidates)],
             seeds=keys,
+            embeds=embed.float().cpu(),
         )
         return best_first(generated, candidates) if candidates > 1 else generated
+
+    def predict(self, zt: Tensor, timestep: Tensor, embed: Tensor) -> Tensor:
+        """The UNet in its own precision, (b, c, t, f) in and out as `zt` is."""
+        dtype = next(self.unet.parameters()).dtype
+        return self.unet(zt.to(dtype), timestep, embed.to(dtype)).to(zt)
+
+    def begin_edit(
+        self, source: Source, noise: Tensor, noise_level: int | None, rows: RowRandom
+    ) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor] | None]:
+        """(b, c, t, f) the latents an edit starts from, and what holds its mask before each step, if any.
+
+        The held part is the source at the step's own noise, drawn anew each time as in AudioLDM's masked
+        sampling. noise_level: the time step to noise the source to; None starts from `noise` alone.
+        """
+        z0 = source.z0.expand_as(noise)
+
+        def noisy(noise: Tensor, timestep: Tensor) -> Tensor:
+            return self.schedule.add_noise(z0, noise, timestep)
+
+        def hold(zt: Tensor, timestep: Tensor) -> Tensor:
+            held = noisy(rows.randn(*zt.shape[1:]).to(zt), timestep)
+            return torch.where(source.keep_mask, held, zt)
+
+        start = noise if noise_level is None else noisy(noise, torch.full((len(noise),), noise_level))
+        return start, None if source.keep_mask is None else hold
 
     def check(
         self,
         prompts: Sequence[str] | None,
         prompt_embeds: Tensor | None,
         negative_prompts: Sequence[str] | None,
-        duration: float,
         num_waveforms_per_prompt: int,
         batch_size: int,
     ) -> None:
@@ -193,8 +293,6 @@ class TextToAudio:
             raise InputError(f"prompt_embeds {shape}: expected (prompts, {self.clap.joint_dim})")
         if negative_prompts is not None and len(negative_prompts) != len(given):
             raise InputError(f"{len(negative_prompts)} negative_prompts for {len(given)} prompts")
-        if not math.isfinite(duration) or round(duration * self.mel.sample_rate) < 1:
-            raise InputError(f"duration={duration}: expected seconds, more than 0")
         for name, value in (
             ("num_waveforms_per_prompt", num_waveforms_per_prompt),
             ("batch_size", batch_size),
@@ -207,6 +305,12 @@ class TextToAudio:
                 "to rank candidates with, expected 1"
             )
 
+    def num_samples(self, duration: float | None) -> int:
+        """Seconds to samples; InputError where that is none."""
+        if duration is None or not math.isfinite(duration) or round(duration * self.mel.sample_rate) < 1:
+            raise InputError(f"duration={duration}: expected seconds, more than 0")
+        return round(duration * self.mel.sample_rate)
+
     def latent_shape(self, num_samples: int) -> tuple[int, int, int]:
         """(c, t, f) of a waveform's latents: whole mel frames, rounded up to whole latent frames."""
         frames = math.ceil(num_samples / self.mel.hop_length)
@@ -214,18 +318,62 @@ class TextToAudio:
         downsample = self.vae.downsample
         return self.vae.latent_channels, math.ceil(frames / downsample), bins // downsample
 
+    @torch.no_grad()
     def embed(self, texts: Sequence[str], batch_size: int) -> Tensor:
-        """CLAP's text embeddings, (p, d)."""
+        """CLAP's text embeddings, (p, d), as `prompt_embeds` takes them."""
         rows = []
         for start in range(0, len(texts), batch_size):
             text_tokens, text_mask = self.tokenizer(texts[start : start + batch_size])
             rows.append(self.clap.embed_text(text_tokens.to(self.device), text_mask.to(self.device)))
         return torch.cat(rows)
 
+    @torch.no_grad()
+    def embed_audio(self, waveform: Tensor, sample_rate: int) -> Tensor:
+        """(b, s) sounds -> (b, d): CLAP's audio embeddings, which condition like those of texts.
+
+        Of a sound longer than CLAP hears at once, the mean over its pieces, of length 1 again.
+        """
+        heard = resample_sinc(waveform.to(self.device).float(), sample_rate, self.clap.front_end.sample_rate)
+        longest = self.clap.front_end.max_samples
+        pieces = [heard] if self.clap.front_end.fusion else heard.split(longest, dim=1)
+        pieces = [piece for piece in pieces if piece.shape[1] >= longest // 2 or len(pieces) == 1]
+        embeds = torch.stack([self.clap.embed_audio(piece) for piece in pieces])
+        return F.normalize(reduce(embeds, "piece b d -> b d", "mean"), dim=-1)
+
     def similarity(self, waveform: Tensor, embed: Tensor) -> Tensor:
         """(b, s) sounds and their conditions (b, d) -> (b,) cosines in CLAP's joint space."""
-        heard = resample_sinc(waveform.float(), self.mel.sample_rate, self.clap.front_end.sample_rate)
-        return F.cosine_similarity(self.clap.embed_audio(heard), embed)
+        return F.cosine_similarity(self.embed_audio(waveform, self.mel.sample_rate), embed)
+
+
+def shortened(timesteps: Tensor, source: Source) -> tuple[Tensor, int | None]:
+    """The last `strength` of a grid, one step at least, and the time step that the source is noised to.
+
+    That is the first one left. AudioLDM's style transfer noises to the one before it (and fails at strength
+    1, where there is none: here it is the first).
+    """
+    if source.strength == 1 and source.keep_mask is not None:
+        return timesteps, None
+    skipped = len(timesteps) - max(1, round(source.strength * len(timesteps)))
+    level = max(0, skipped - 1) if source.one_step_noisier else skipped
+    return timesteps[skipped:], int(timesteps[level])
+
+
+def interpolate(embeds: Tensor, num: int) -> Tensor:
+    """(p, d) embeddings of length 1 -> ((p - 1) (num + 1) + 1, d): `num` more between each and the next.
+
+    Evenly along the great circle. Raises InputError for less than two embeddings.
+    """
+    if len(embeds) < 2:
+        raise InputError(f"{len(embeds)} embeddings: expected two or more to interpolate between")
+    share = torch.arange(num + 1, device=embeds.device, dtype=embeds.dtype)[:, None] / (num + 1)
+    legs = []
+    for start, end in itertools.pairwise(embeds):
+        angle = torch.acos((start @ end).clamp(-1, 1))
+        if angle.sin() < 1e-6:  # the same, or opposite: a straight line
+            legs.append(start + share * (end - start))
+        else:
+            legs.append((((1 - share) * angle).sin() * start + (share * angle).sin() * end) / angle.sin())
+    return torch.cat([*legs, embeds[-1:]])
 
 
 def best_first(generated: Generated, candidates: int) -> Generated:
@@ -233,10 +381,10 @@ def best_first(generated: Generated, candidates: int) -> Generated:
     scores = rearrange(generated.scores, "(p k) -> p k", k=candidates)
     order = scores.argsort(dim=1, descending=True, stable=True)
     order = rearrange(order + candidates * torch.arange(len(scores))[:, None], "p k -> (p k)")
-    return Generated(
+    return replace(
+        generated,
         waveforms=generated.waveforms[order],
         mels=generated.mels[order],
         scores=generated.scores[order],
-        prompts=generated.prompts,
         seeds=[generated.seeds[row] for row in order],
     )

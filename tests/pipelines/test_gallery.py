@@ -1,4 +1,3 @@
-import json
 from html.parser import HTMLParser
 
 import matplotlib
@@ -6,12 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_audio.audio.io import read_audio
 from ldm_audio.audio.mel import LogMel
 from ldm_audio.errors import InputError
 from ldm_audio.pipelines import gallery
-from ldm_audio.pipelines.gallery import mel_sheet, write_page, write_samples
-from ldm_audio.pipelines.text_to_audio import Generated
+from ldm_audio.pipelines.gallery import mel_sheet, write_page
 
 torch.set_num_threads(1)
 
@@ -167,39 +164,3 @@ def test_the_page_escapes_every_text(tmp_path):
 def test_the_page_asks_for_nothing_from_elsewhere(tmp_path):
     text = write_page(tmp_path, [{"title": "a", "audio": "a.wav"}], "t").read_text(encoding="utf-8")
     assert "http" not in text and "//" not in text
-
-
-def test_samples_are_written_with_their_records_and_page(tmp_path, mel):
-    waveforms = 0.5 * torch.sin(torch.arange(1600) * torch.tensor([[0.1], [0.3], [0.5]]))
-    generated = Generated(
-        waveforms=waveforms,
-        mels=mel(waveforms),
-        scores=torch.tensor([0.5, 0.25, 0.75]),
-        prompts=["A dog, barking!", NASTY, "犬"],
-        seeds=[(7, 1), (7, 0), (7, 0)],
-    )
-    write_samples(tmp_path / "out", generated, mel=mel, settings={"seed": 7, "prompt": "犬"})
-    names = ["0000-a-dog-barking", "0001-script-alert-x-script-x-end", "0002"]
-    expected = [f"{name}.{kind}" for name in names for kind in ("png", "wav")]
-    assert files(tmp_path / "out") == sorted([*expected, "index.html", "samples.jsonl", "settings.json"])
-    for name, waveform in zip(names, waveforms):
-        samples, rate = read_audio(tmp_path / "out" / f"{name}.wav")
-        assert rate == 16000 and np.abs(samples[0] - waveform.numpy()).max() < 1e-4
-    lines = (tmp_path / "out" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    assert records[0] == {
-        "file": "0000-a-dog-barking.wav",
-        "prompt": "A dog, barking!",
-        "seed": 7,
-        "candidate": 1,
-        "score": 0.5,
-    }
-    assert [record["prompt"] for record in records] == generated.prompts
-    assert json.loads((tmp_path / "out" / "settings.json").read_text(encoding="utf-8"))["prompt"] == "犬"
-    page = Elements((tmp_path / "out" / "index.html").read_text(encoding="utf-8"))
-    assert [audio["src"] for audio in page.named("audio")] == [f"{name}.wav" for name in names]
-
-
-def test_long_prompts_give_short_file_names():
-    assert len(gallery.slug("very long " * 100)) <= 48
-    assert gallery.slug("../../etc/passwd") == "-etc-passwd" and gallery.slug("???") == ""

@@ -20,6 +20,7 @@ from ldm_audio.models.unet import UNet
 from ldm_audio.models.vae import VAE
 from ldm_audio.pipelines.decoding import decode_latents
 from ldm_audio.pipelines.text_to_audio import Generated, TextToAudio, best_first
+from ldm_audio.randomness import RowRandom
 
 torch.set_num_threads(1)
 
@@ -193,6 +194,76 @@ def test_a_candidate_is_the_same_sound_however_many_there_are(pipeline):
         assert (waveform - by_seed[key]).abs().max() < 1e-5
 
 
+def test_each_prompt_may_have_its_own_seed(pipeline):
+    both = pipeline(PROMPTS[:2], **SETTINGS | {"seed": [3, 8]})
+    assert both.seeds == [(3, 0), (8, 0)]
+    for row, seed in enumerate((3, 8)):
+        alone = pipeline(PROMPTS[row : row + 1], **SETTINGS | {"seed": seed})
+        assert (alone.waveforms[0] - both.waveforms[row]).abs().max() < 1e-5
+
+
+def test_latents_given_take_the_place_of_the_seeds_noise(pipeline):
+    settings = SETTINGS | {"sampler": partial(ddim, eta=0.0)}
+    shape = pipeline.latent_shape(pipeline.num_samples(SETTINGS["duration"]))
+    noise = RowRandom([(3, 0)]).randn(*shape)
+    ours = pipeline(PROMPTS[:1], **settings).waveforms
+    given = pipeline(PROMPTS[:1], **settings | {"seed": 99}, latents=noise).waveforms
+    assert torch.equal(ours, given)
+    with pytest.raises(InputError, match=r"latents \(1, 4, 5, 4\): expected \(1, 4, 7, 4\)"):
+        pipeline(PROMPTS[:1], **settings, latents=noise[:, :, :5])
+
+
+@pytest.mark.parametrize("duration", [0.5, 1.03, 2.0])
+def test_a_sound_longer_than_the_window_is_exactly_as_long_as_asked_and_still_one_sound(pipeline, duration):
+    long = SETTINGS | {"duration": duration, "window": 0.32, "overlap": 0.12}
+    sounds = pipeline(PROMPTS[:2], **long)
+    assert sounds.waveforms.shape == (2, round(16000 * duration)) and sounds.waveforms.isfinite().all()
+    alone = pipeline(PROMPTS[1:2], **long | {"batch_size": 1})
+    assert (alone.waveforms[0] - sounds.waveforms[1]).abs().max() < 1e-5
+    whole = pipeline(PROMPTS[:2], **SETTINGS | {"duration": duration})
+    assert (whole.waveforms - sounds.waveforms).abs().max() > 1e-4
+
+
+def test_windows_are_denoised_one_at_a_time(pipeline, monkeypatch):
+    seen = []
+    forward = pipeline.unet.forward
+    monkeypatch.setattr(
+        pipeline.unet, "forward", lambda zt, *rest: seen.append(zt.shape) or forward(zt, *rest)
+    )
+    pipeline(PROMPTS[:2], **SETTINGS | {"duration": 1.0, "window": 0.32, "overlap": 0.12})
+    assert {shape[0] for shape in seen} == {4} and {shape[2] for shape in seen} == {8}
+
+
+def test_the_sound_of_a_prompt_conditions_like_its_text(pipeline):
+    waveform = pipeline(PROMPTS[:1], **SETTINGS).waveforms
+    embed = pipeline.embed_audio(waveform, 16000)
+    assert embed.shape == (1, JOINT_DIM) and abs(embed.norm().item() - 1) < 1e-5
+    heard = pipeline(prompt_embeds=embed, **SETTINGS)
+    assert torch.allclose(heard.embeds, embed.float(), atol=1e-6)
+    assert (heard.waveforms - waveform).abs().max() > 1e-4
+
+
+def test_a_long_sound_is_heard_piece_by_piece(pipeline):
+    piece = pipeline.clap.front_end.max_samples * 16000 // 24000
+    waveform = torch.randn(2, 3 * piece, generator=torch.Generator().manual_seed(0)) / 5
+    pieces = [pipeline.embed_audio(part, 16000) for part in waveform.split(piece, dim=1)]
+    mean = torch.nn.functional.normalize(sum(pieces), dim=-1)
+    # The resampler does not see beyond a piece's ends: near, not equal.
+    assert torch.nn.functional.cosine_similarity(pipeline.embed_audio(waveform, 16000), mean).min() > 0.999
+    assert (pieces[0] - pieces[1]).abs().max() > 1e-3
+
+
+def test_bf16_networks_come_near_fp32_and_keep_one_sound_a_seed():
+    pipeline = make_pipeline()
+    settings = SETTINGS | {"sampler": partial(ddim, eta=0.0)}
+    exact = pipeline(PROMPTS, **settings)
+    rough = pipeline.set_precision("bf16")(PROMPTS, **settings)
+    assert rough.waveforms.dtype == torch.float32 and rough.waveforms.isfinite().all()
+    assert 0 < (rough.mels - exact.mels).norm() / exact.mels.norm() < 0.1
+    with pytest.raises(InputError, match="precision='fp16': expected fp32 or bf16"):
+        pipeline.set_precision("fp16")
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -273,6 +344,7 @@ def test_best_first_keeps_each_prompts_rows_together():
         scores=torch.tensor([0.1, 0.9, 0.5, 0.8, 0.2, 0.8]),
         prompts=["a"] * 3 + ["b"] * 3,
         seeds=[(0, i % 3) for i in range(6)],
+        embeds=torch.zeros(6, 2),
     )
     ranked = best_first(generated, 3)
     assert ranked.waveforms[:, 0].tolist() == [1, 2, 0, 3, 5, 4] == ranked.mels[:, 0, 0].tolist()
@@ -338,6 +410,9 @@ def test_decoding_cuts_the_waveform_and_undoes_the_scale(pipeline):
         ({"num_steps": 0}, "num_steps=0"),
         ({"num_steps": 1001}, "num_steps=1001"),
         ({"spacing": "even"}, "spacing='even'"),
+        ({"seed": [1, 2]}, "2 seeds for 3 prompts"),
+        ({"window": 0.1, "overlap": 0.1}, "overlap of 2 latent frames"),
+        ({"duration": None}, "duration=None"),
         ({"guidance_scale": -0.5}, r"guidance_scale=-0\.5"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"num_waveforms_per_prompt": 0}, "num_waveforms_per_prompt=0"),
