@@ -1,5 +1,6 @@
 """Published layouts at toy size: original checkpoints, and folders that diffusers itself writes."""
 
+import gzip
 from pathlib import Path
 
 import torch
@@ -49,22 +50,40 @@ CLAP = clap.recipe(
 RECIPES = {"unet": UNET, "vae": VAE, "vocoder": VOCODER, "clap": CLAP}
 
 
+def key_list(name: str) -> dict[str, Tensor]:
+    """Every tensor of a released checkpoint, on the meta device; int64 where the originals have it."""
+    state = {}
+    with gzip.open(Path(__file__).parent / "fixtures" / "keys" / f"{name}.txt.gz", "rt") as lines:
+        for key, shape in (line.split() for line in lines if not line.startswith("#")):
+            numbers = [int(number) for number in shape.strip("[]").split(",") if number]
+            whole = key.endswith(("position_ids", "position_index", "num_batches_tracked", "num_updates"))
+            dtype = torch.int64 if whole else torch.float32
+            state[key] = torch.empty(numbers, dtype=dtype, device="meta")
+    return state
+
+
+def below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def random_like(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Random numbers for the tensor `name`, at sizes that let each input through."""
+    noise = torch.randn(shape, generator=generator)
+    if noise.ndim > 1:
+        return 1.2 * noise / noise[0].numel() ** 0.5
+    if name.endswith("running_var"):
+        return 0.5 + noise.abs()
+    return 0.2 * noise + float(name.endswith("weight"))  # one number a channel: a norm's
+
+
 def randomise(network: nn.Module, *, seed: int = 0) -> nn.Module:
-    """Every parameter and running statistic at random, at sizes that let each input through."""
+    """Every parameter and running statistic at random."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in network.state_dict().items():
         if name.endswith("num_batches_tracked"):
             tensor.fill_(3)
-        if not tensor.is_floating_point():
-            continue
-        noise = torch.randn(tensor.shape, generator=generator)
-        if tensor.ndim > 1:
-            tensor.copy_(1.2 * noise / tensor[0].numel() ** 0.5)
-        elif name.endswith("running_var"):
-            tensor.copy_(0.5 + noise.abs())
-        else:
-            ones = name.endswith("weight") and any(part in name.lower() for part in ("norm", "bn"))
-            tensor.copy_(0.2 * noise + float(ones))
+        if tensor.is_floating_point():
+            tensor.copy_(random_like(name, tensor.shape, generator))
     return network.eval()
 
 

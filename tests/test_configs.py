@@ -23,15 +23,6 @@ INSTEAD_OF_FILES = {
     "vocoder": "vocoder/hifigan_16k",
     "tokenizer": "tokenizer/bpe",
 }
-PARAMETERS = {
-    "unet/audioldm_s": 185_036_552,
-    "unet/audioldm_m": 415_954_568,
-    "unet/audioldm_l": 739_139_080,
-    "vae/mel64": 55_376_873,
-    "vocoder/hifigan_16k": 55_264_897,
-    "clap/htsat_tiny": 153_492_890,
-    "clap/htsat_base": 193_913_882,
-}
 GIVEN_LATER = {"trainer": {"save_weights"}, "objective": {"tokenizer"}}  # by train.py, as ready-made objects
 
 
@@ -135,13 +126,6 @@ def test_what_trains_can_be_built(row):
             trainer.optimizer(parameters)
     for name in objective.networks():
         assert getattr(objective, name).recipe == plain(cfg[name])
-
-
-@pytest.mark.parametrize("name", sorted(PARAMETERS))
-def test_released_networks_have_the_released_number_of_parameters(name):
-    with torch.device("meta"):
-        network = instantiate(OmegaConf.load(CONFIGS / f"{name}.yaml"), _convert_="all")
-    assert sum(p.numel() for p in network.parameters()) == PARAMETERS[name]
 
 
 def test_the_config_of_a_job_can_be_shown(command, capsys):

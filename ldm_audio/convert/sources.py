@@ -72,24 +72,26 @@ def local(path: str | Path, *, settings_only: bool = False) -> Path:
         raise InputError(
             f"{path}: expected hf://owner/name, hf://owner/name@revision or hf://owner/name/file"
         )
+    repo, revision, file = found["repo"], found["revision"], found["file"]
     try:
-        return download(found["repo"], found["revision"], found["file"], settings_only=settings_only)
-    except (OSError, ValueError) as error:
+        folder = download(repo, revision, file, settings_only=settings_only)
+    except Exception as error:  # the hub's client raises what several packages do
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"{path}: not on this machine and the hub did not give it ({reason}); check name and network, or "
             "copy the files here and give their folder"
         ) from error
+    if file and not (folder / file).is_file():
+        raise InputError(f"{path}: the repository holds no such file")
+    return folder / file if file else folder
 
 
 def download(repo: str, revision: str | None, file: str | None, *, settings_only: bool) -> Path:
-    """One file, or the folder of a repository's settings and one copy of its weights."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-
-    if file:
-        return Path(hf_hub_download(repo, file, revision=revision, etag_timeout=HUB_SECONDS))
+    """The folder of a repository, with one file of it, or with its settings and one copy of its weights."""
+    from huggingface_hub import snapshot_download
 
     def fetch(*taken: str, left: str = "") -> Path:
+        # Also for one file: the call that is made for that asks a dead network six times.
         return Path(
             snapshot_download(
                 repo,
@@ -100,6 +102,8 @@ def download(repo: str, revision: str | None, file: str | None, *, settings_only
             )
         )
 
+    if file:
+        return fetch(file)
     folder = fetch(*SETTINGS)
     for taken, left in () if settings_only else WEIGHTS:
         folder = fetch(taken, left=left)

@@ -1,38 +1,30 @@
-import gzip
-from pathlib import Path
-
+import foreign
 import pytest
 import torch
 
 from ldm_audio.convert import audioldm, diffusers
-from ldm_audio.convert.rules import apply_rules, invert_rules, prefixed, shapes_of
+from ldm_audio.convert.rules import apply_rules, invert_rules, shapes_of
 from ldm_audio.errors import InputError
 from ldm_audio.models.unet import UNet
 from ldm_audio.models.vae import VAE
 
 torch.set_num_threads(1)
 
-KEYS = Path(__file__).parents[1] / "fixtures" / "keys"
+NAMES = ("num_res_blocks", "attention_levels", "transformers_per_block")
 
 
-def read_keys(size: str) -> dict[str, torch.Tensor]:
-    """Every tensor of a released checkpoint, on the meta device."""
-    state = {}
-    with gzip.open(KEYS / f"audioldm-{size}-full.txt.gz", "rt") as lines:
-        for line in lines:
-            name, shape = line.split()
-            numbers = [int(number) for number in shape.strip("[]").split(",") if number]
-            state[name] = torch.empty(numbers, device="meta")
-    return state
+def released(size: str, prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors below `prefix` of a released checkpoint, on the meta device, the vocoder's left out."""
+    found = foreign.below(foreign.key_list(f"audioldm-{size}-full"), prefix)
+    return {name: tensor for name, tensor in found.items() if not name.startswith("vocoder.")}
 
 
-def below(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+def shapes(state: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def unet_rules(arguments: dict) -> list:
-    names = ("num_res_blocks", "attention_levels", "transformers_per_block")
-    return audioldm.unet_rules(**{name: arguments[name] for name in names})
+    return audioldm.unet_rules(**{name: arguments[name] for name in NAMES})
 
 
 def filled(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -41,17 +33,11 @@ def filled(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "size, channels, num_heads, parameters",
-    [
-        ("s", 128, [4, 8, 12, 20], 185_036_552),
-        ("m", 192, [6, 12, 18, 30], 415_954_568),
-        ("l", 256, [4, 8, 12, 20], 739_139_080),
-    ],
+    "size, channels, num_heads",
+    [("s", 128, [4, 8, 12, 20]), ("m", 192, [6, 12, 18, 30]), ("l", 256, [4, 8, 12, 20])],
 )
-def test_released_unet_maps_onto_ours(size, channels, num_heads, parameters):
-    state = below(read_keys(size), audioldm.UNET_PREFIX)
-    arguments = audioldm.unet_arguments({name: tensor.shape for name, tensor in state.items()})
-    assert arguments == {
+def test_sizes_of_a_released_unet_are_read_off_its_shapes(size, channels, num_heads):
+    assert audioldm.unet_arguments(shapes(released(size, audioldm.UNET_PREFIX))) == {
         "in_channels": 8,
         "out_channels": 8,
         "channels": channels,
@@ -67,19 +53,10 @@ def test_released_unet_maps_onto_ours(size, channels, num_heads, parameters):
         "norm_groups": 32,
         "dropout": 0.0,
     }
-    with torch.device("meta"):
-        unet = UNet(**arguments)
-    converted = apply_rules(unet_rules(arguments), state, shapes_of(unet))
-    assert shapes_of(unet) == {name: tensor.shape for name, tensor in converted.items()}
-    assert sum(tensor.numel() for tensor in converted.values()) == parameters
 
 
-@pytest.mark.parametrize("size", ["s", "m", "l"])
-def test_released_vae_maps_onto_ours(size):
-    state = below(read_keys(size), audioldm.VAE_PREFIX)
-    state = {name: tensor for name, tensor in state.items() if not name.startswith("vocoder.")}
-    arguments = audioldm.vae_arguments({name: tensor.shape for name, tensor in state.items()})
-    assert arguments == {
+def test_sizes_of_the_released_vae_are_read_off_its_shapes():
+    assert audioldm.vae_arguments(shapes(released("s", audioldm.VAE_PREFIX))) == {
         "in_channels": 1,
         "channels": 128,
         "channel_mults": [1, 2, 4],
@@ -88,23 +65,18 @@ def test_released_vae_maps_onto_ours(size):
         "norm_groups": 32,
         "dropout": 0.0,
     }
-    with torch.device("meta"):
-        vae = VAE(**arguments)
-    converted = apply_rules(audioldm.vae_rules(num_levels=3), state, shapes_of(vae))
-    assert shapes_of(vae) == {name: tensor.shape for name, tensor in converted.items()}
-    assert sum(tensor.numel() for tensor in converted.values()) == 55_376_873
 
 
 def test_every_unet_tensor_goes_where_diffusers_own_converter_puts_it():
     """Shapes cannot tell two equal layers apart: here each tensor is a number of its own."""
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-    state = below(read_keys("s"), audioldm.UNET_PREFIX)
-    arguments = audioldm.unet_arguments({name: tensor.shape for name, tensor in state.items()})
+    state = released("s", audioldm.UNET_PREFIX)
+    arguments = audioldm.unet_arguments(shapes(state))
     tokens = {name: torch.tensor(number) for number, name in enumerate(state)}
     ours = apply_rules(unet_rules(arguments), tokens, None)
 
-    checkpoint = {audioldm.UNET_PREFIX + name: token for name, token in tokens.items()}
+    checkpoint = foreign.with_prefix(tokens, audioldm.UNET_PREFIX)
     theirs = convert_ldm_unet_checkpoint(checkpoint, {"layers_per_block": 2})
     for kind in ("weight", "bias"):
         theirs[f"class_embedding.{kind}"] = tokens[f"film_emb.{kind}"]  # AudioLDM's own, unknown to it
@@ -116,39 +88,23 @@ def test_every_unet_tensor_goes_where_diffusers_own_converter_puts_it():
 def test_every_vae_tensor_goes_where_diffusers_own_converter_puts_it():
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    names = [
-        name for name in read_keys("s") if name.startswith(audioldm.VAE_PREFIX) and ".vocoder." not in name
-    ]
+    names = released("s", audioldm.VAE_PREFIX)
     tokens = {name: torch.full((1, 1, 1, 1), number) for number, name in enumerate(names)}
-    ours = apply_rules(audioldm.vae_rules(num_levels=3), below(tokens, audioldm.VAE_PREFIX), None)
+    ours = apply_rules(audioldm.vae_rules(num_levels=3), tokens, None)
 
+    checkpoint = foreign.with_prefix(tokens, audioldm.VAE_PREFIX)
     blocks = {"down_block_types": [""] * 3, "up_block_types": [""] * 3}
-    theirs = apply_rules(diffusers.vae_rules(), convert_ldm_vae_checkpoint(tokens, blocks), None)
+    theirs = apply_rules(diffusers.vae_rules(), convert_ldm_vae_checkpoint(checkpoint, blocks), None)
     assert len(ours) == 204
     assert {name: token.item() for name, token in ours.items()} == {
         name: token.item() for name, token in theirs.items()
     }
 
 
-def test_prefixed_tables_leave_only_the_other_networks_of_a_whole_checkpoint():
-    state = read_keys("s")
-    arguments = audioldm.unet_arguments(
-        {name: tensor.shape for name, tensor in below(state, audioldm.UNET_PREFIX).items()}
-    )
-    rules = [
-        *audioldm.SCHEDULE_BUFFERS,
-        *prefixed(unet_rules(arguments), source=audioldm.UNET_PREFIX, target="unet."),
-        *prefixed(audioldm.vae_rules(num_levels=3), source=audioldm.VAE_PREFIX, target="vae."),
-    ]
-    others = ("cond_stage_model.", "first_stage_model.vocoder.", "model_ema.", "scale_factor")
-    rest = {name: tensor for name, tensor in state.items() if not name.startswith(others)}
-    assert len(apply_rules(rules, rest, None)) == 690 + 204
-
-
 @pytest.mark.parametrize("size", ["s", "m", "l"])
 def test_every_unet_tensor_has_its_average_under_the_generated_key(size):
-    state = read_keys(size)
-    unet = below(state, audioldm.UNET_PREFIX)
+    state = foreign.key_list(f"audioldm-{size}-full")
+    unet = foreign.below(state, audioldm.UNET_PREFIX)
     keys = {name: audioldm.ema_key(name) for name in unet}
     assert len(set(keys.values())) == len(unet) == 690
     assert all(state[key].shape == unet[name].shape for name, key in keys.items())
@@ -192,7 +148,7 @@ def test_export_to_the_original_unet_comes_back_equal(changes):
     state = filled(unet)
     rules = unet_rules(arguments)
     original = invert_rules(rules, state)
-    assert audioldm.unet_arguments({name: tensor.shape for name, tensor in original.items()}) == arguments
+    assert audioldm.unet_arguments(shapes(original)) == arguments
     back = apply_rules(rules, original, shapes_of(unet))
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
@@ -216,7 +172,7 @@ def test_export_to_the_original_vae_comes_back_equal(mults):
     rules = audioldm.vae_rules(num_levels=len(mults))
     original = invert_rules(rules, state)
     assert original["encoder.mid.attn_1.q.weight"].shape == (32 * mults[-1], 32 * mults[-1], 1, 1)
-    assert audioldm.vae_arguments({name: tensor.shape for name, tensor in original.items()}) == arguments
+    assert audioldm.vae_arguments(shapes(original)) == arguments
     original["loss.discriminator.main.0.weight"] = torch.zeros(1)
     back = apply_rules(rules, original, shapes_of(vae))
     assert back.keys() == state.keys()
