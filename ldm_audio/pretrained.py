@@ -122,7 +122,7 @@ def load_parts(path: str | Path, names: tuple[str, ...]) -> tuple[dict[str, nn.M
         files = [path / f"{name}.safetensors" for name in names] if path.is_dir() else [path]
         scale = read_system(path)["latent_scale"] if path.is_dir() else None
         networks = [own_network(file) for file in files if file.exists()]
-        found = {PART_OF[network.recipe["_target_"]]: network for network in networks}
+        found = {PART_OF.get(network.recipe["_target_"], ""): network for network in networks}
     else:
         source = open_source(path)
         tell(source)
@@ -139,9 +139,12 @@ def own_network(path: Path) -> nn.Module:
     header, tensors = open_safetensors(path)
     if header.get("format") != FORMAT:
         raise InputError(f"{path}: its header has no format {FORMAT}; it was not written by ldm_audio")
-    recipe = json.loads(header["recipe"])
+    try:
+        recipe, provenance = (json.loads(header[key]) for key in ("recipe", "provenance"))
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path}: its header holds no recipe and provenance in JSON") from error
     network = build_part(Part(recipe, [Rule("{name:*}", "{name}")], tensors, str(path)))
-    network.provenance = json.loads(header["provenance"])
+    network.provenance = provenance
     return network
 
 
@@ -159,6 +162,8 @@ def state_of(part: Part) -> dict[str, Tensor]:
 
 def build(recipe: dict, *, source: str) -> nn.Module:
     """Instantiates a recipe on the meta device after checking every `_target_` in it."""
+    if not isinstance(recipe, dict) or "_target_" not in recipe:
+        raise InputError(f"{source}: its recipe names no network")
     check_targets(recipe, source)
     try:
         with torch.device("meta"):
@@ -425,7 +430,7 @@ def export(path: str | Path, out: str | Path, *, to: str) -> None:
         exports.export_pipeline(out, read_system(path), networks, words)
         return
     recipe, state = opened(path)
-    part = PART_OF[recipe["_target_"]]
+    part = PART_OF.get(recipe["_target_"], recipe["_target_"])
     if part not in ({"unet", "vae"} if to == "diffusers" else {"clap", "vocoder"}):
         raise InputError(f"{path}: {to} has no place for a {part}")
     if part == "clap":

@@ -3,6 +3,7 @@
 import gzip
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -152,6 +153,18 @@ def allow_toy_vocoder(monkeypatch) -> None:
     """Whole checkpoints hold no vocoder config: only released layouts are known, and here the toy one."""
     arguments = {key: value for key, value in VOCODER.items() if key != "_target_"}
     monkeypatch.setattr(hifigan, "RELEASED", (*hifigan.RELEASED, arguments))
+
+
+def clap_features(waveform: np.ndarray, monkeypatch, *, fusion: bool, filling: str = "repeatpad") -> Tensor:
+    """transformers' features of one clip, its random choices being our deterministic ones."""
+    from transformers import ClapFeatureExtractor
+
+    picks = iter([lambda third: third[0], lambda third: third[len(third) // 2], lambda third: third[-1]])
+    monkeypatch.setattr(np.random, "choice", lambda third: next(picks)(third))
+    monkeypatch.setattr(np.random, "randint", lambda low, high: low)
+    extractor = ClapFeatureExtractor(frequency_min=50, truncation="fusion" if fusion else "rand_trunc")
+    features = extractor(waveform, sampling_rate=48000, padding=filling, return_tensors="pt")
+    return features["input_features"]
 
 
 def their_clap(*, text_only: bool) -> nn.Module:

@@ -68,7 +68,8 @@ def rewritten(path: Path, *, header: dict | None = None, drop: str = "", shape: 
     tensors.pop(drop, None)
     if shape:
         tensors[shape] = tensors[shape][:1].clone()
-    save_file(tensors, path, metadata=metadata | (header or {}))
+    metadata = metadata | (header or {})
+    save_file(tensors, path, metadata={key: text for key, text in metadata.items() if text is not None})
     return path
 
 
@@ -166,9 +167,24 @@ def test_a_recipe_is_not_evaluated(value, tmp_path):
             lambda path: rewritten(path, header={"recipe": json.dumps(toys.VAE_RECIPE | {"depth": 2})}),
             "depth",
         ),
+        (lambda path: rewritten(path, header={"recipe": "{"}), "holds no recipe and provenance in JSON"),
+        (lambda path: rewritten(path, header={"provenance": None}), "holds no recipe and provenance in JSON"),
+        (lambda path: rewritten(path, header={"recipe": "[3]"}), "its recipe names no network"),
         (lambda path: path.unlink(), "no such"),
     ],
-    ids=["format", "truncated", "empty", "text", "missing", "misshapen", "recipe", "absent"],
+    ids=[
+        "format",
+        "truncated",
+        "empty",
+        "text",
+        "missing",
+        "misshapen",
+        "recipe",
+        "no JSON",
+        "no provenance",
+        "a list",
+        "absent",
+    ],
 )
 def test_what_is_no_whole_weights_file_of_ours_is_refused_by_name(damage, message, tmp_path):
     path = saved(tmp_path)

@@ -298,6 +298,19 @@ def test_transformers_clap_folders_embed_the_same_there_and_back(tmp_path, fused
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("fused", [False, True])
+def test_sounds_of_every_length_embed_as_in_transformers(tmp_path, monkeypatch, fused):
+    theirs, ours = save_clap(tmp_path, fused=fused), ldm_audio.load(tmp_path)
+    for num_samples in (100_000, 479_999, 480_000, 480_001, 960_000):
+        sound = 0.1 * np.random.default_rng(num_samples).standard_normal(num_samples)
+        features = foreign.clap_features(sound, monkeypatch, fusion=fused)
+        mel, is_longer = ours.front_end(torch.from_numpy(sound)[None])
+        assert is_longer.item() == (num_samples >= (480_480 if fused else 480_001))
+        expected = theirs.get_audio_features(features, is_longer=is_longer[:, None]).pooler_output
+        assert (ours.embed_mel(mel.float(), is_longer) - expected).abs().max() < 1e-5, num_samples
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("half", ["Text", "Audio"])
 def test_halves_of_clap_load_alone_and_go_back(tmp_path, half):
     import transformers

@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from math import prod
-from typing import Any
 
 from torch import Tensor
 
@@ -52,16 +51,10 @@ def describe_rules(part: Part, *, every: bool) -> list[str]:
     return lines
 
 
-def describe_own(header: Mapping[str, Any], tensors: Tensors) -> list[str]:
+def describe_own(header: Mapping[str, str], tensors: Tensors) -> list[str]:
     """A network file of ours."""
-    recipe = json.loads(header["recipe"])
-    return [
-        f"kind: {header['format']}, {recipe.get('_target_')}",
-        f"tensors: {describe_tensors(tensors)}",
-        f"config: {json.dumps(recipe)}",
-        f"provenance: {header.get('provenance')}",
-        f"licence: {header.get('licence')}",
-    ]
+    kind, told = header["format"], {key: value for key, value in header.items() if key != "format"}
+    return [f"kind: {kind}, {describe_tensors(tensors)}", *(f"{key}: {value}" for key, value in told.items())]
 
 
 def describe_names(tensors: Tensors) -> list[str]:

@@ -1,5 +1,6 @@
 """CLAP's front end against transformers' and the originals' own building blocks."""
 
+import foreign
 import numpy as np
 import pytest
 import torch
@@ -50,23 +51,11 @@ def sound(num_samples: int) -> np.ndarray:
     return 0.1 * noise + 0.1 * np.sin(2 * np.pi * (200 + 300 * time) * time)
 
 
-def reference(waveform: np.ndarray, monkeypatch, *, fusion: bool, filling: str = "repeatpad"):
-    """transformers' features of one clip, its random choices being our deterministic ones."""
-    from transformers import ClapFeatureExtractor
-
-    picks = iter([lambda third: third[0], lambda third: third[len(third) // 2], lambda third: third[-1]])
-    monkeypatch.setattr(np.random, "choice", lambda third: next(picks)(third))
-    monkeypatch.setattr(np.random, "randint", lambda low, high: low)
-    extractor = ClapFeatureExtractor(frequency_min=50, truncation="fusion" if fusion else "rand_trunc")
-    features = extractor(waveform, sampling_rate=48000, padding=filling, return_tensors="pt")
-    return features["input_features"]
-
-
 @pytest.mark.parametrize("fusion", [False, True])
 @pytest.mark.parametrize("num_samples", LENGTHS)
 def test_equals_transformers_at_every_length(num_samples, fusion, monkeypatch):
     waveform = sound(num_samples)
-    expected = reference(waveform, monkeypatch, fusion=fusion)
+    expected = foreign.clap_features(waveform, monkeypatch, fusion=fusion)
     exact, is_longer = released(fusion=fusion)(torch.from_numpy(waveform)[None])
     single, _ = released(fusion=fusion)(torch.from_numpy(waveform)[None].float())
     assert exact.shape == single.shape == expected.shape == (1, 4 if fusion else 1, 1001, 64)
@@ -78,7 +67,7 @@ def test_equals_transformers_at_every_length(num_samples, fusion, monkeypatch):
 @pytest.mark.parametrize("filling", ["repeatpad", "repeat", "pad"])
 def test_fillings_equal_transformers(filling, monkeypatch):
     waveform = sound(150000)
-    expected = reference(waveform, monkeypatch, fusion=False, filling=filling)
+    expected = foreign.clap_features(waveform, monkeypatch, fusion=False, filling=filling)
     mel, _ = released(fusion=False, filling=filling)(torch.from_numpy(waveform)[None])
     assert (mel.float() - expected).abs().max() <= 1e-5
 

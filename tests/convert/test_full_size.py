@@ -17,8 +17,10 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from ldm_audio.convert import laion
+from ldm_audio.convert.clap import preprocessor_config, transformers_config, transformers_recipe
 from ldm_audio.convert.originals import recognise
-from ldm_audio.convert.rules import plan
+from ldm_audio.convert.rules import invert_rules, plan
 from ldm_audio.convert.stored import Tensors
 from ldm_audio.data.tokenizers import train_bpe
 from ldm_audio.diffusion.samplers import ddim
@@ -145,6 +147,26 @@ def test_towers_of_clap_have_the_counted_parameters(name, fused):
             sizes[key.split(".")[0]] += parameter.numel()
     assert sizes["audio_tower"] == TOWERS[name] + (FUSION[name] if fused else 0)
     assert sizes["text_tower"] == TEXT_TOWER
+
+
+def clap_config(name: str) -> dict:
+    return OmegaConf.to_container(OmegaConf.load(CONFIGS / "clap" / f"{name}.yaml"))
+
+
+@pytest.mark.parametrize("name", [f"{tower}{fused}" for tower in TOWERS for fused in ("", "_fused")])
+def test_every_size_of_clap_is_read_off_laions_names_and_shapes(name):
+    config = clap_config(name)
+    state = invert_rules(laion.clap_rules(), build(config, source=name).state_dict())
+    source = recognise(Tensors.of(foreign.with_prefix(state, "module.")), name, ema=True)
+    assert source.parts["clap"].recipe == config
+    source.parts["clap"].check(state_of(source.parts["clap"]))
+
+
+@pytest.mark.parametrize("name", [f"{tower}{fused}" for tower in TOWERS for fused in ("", "_fused")])
+def test_every_size_of_clap_has_a_config_in_transformers_and_comes_back(name):
+    config = clap_config(name)
+    theirs, preprocessor = transformers_config(config), preprocessor_config(config["front_end"])
+    assert transformers_recipe(theirs, preprocessor) == config
 
 
 def test_channel_map_fusion_gives_the_patches_four_channels():
