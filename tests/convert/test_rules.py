@@ -89,7 +89,7 @@ def test_export_undoes_the_conversion_but_for_what_was_dropped(depth, dim, extra
     assert all(torch.equal(back[name], state[name]) for name in state)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     names=st.lists(st.from_regex(r"[a-z]{1,6}(\.[0-9]{1,2})?\.w", fullmatch=True), unique=True, max_size=20),
     ours=st.from_regex(r"[a-z]{1,3}\.", fullmatch=True),

@@ -1,4 +1,5 @@
 import copy
+import json
 import pickle
 
 import pytest
@@ -140,6 +141,19 @@ def test_one_file_with_everything_loads_as_well(weights, lpips, tmp_path):
     save_file(weights[0] | weights[1], tmp_path / "all.safetensors")
     state = LPIPS(path=tmp_path / "all.safetensors").state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in lpips.state_dict().items())
+
+
+def test_a_vae_trains_under_lpips_from_local_files(folder, command, tmp_path):
+    settings = (
+        "objective=vae", "vae=small", "discriminator=patch_small", "perceptual=lpips",
+        f"perceptual.path={folder}", "data=synthetic", "data.num_samples=10240", "data.train.size=2",
+        "data.val.size=1", "batch_size=1", "num_workers=0", "val_items=1", "trainer.log_every=1",
+        "trainer.max_steps=1", f"runs={tmp_path}", "run=vae",
+    )  # fmt: skip
+    assert command("train.py", *settings) == 0
+    step = json.loads((tmp_path / "vae" / "metrics.jsonl").read_text().splitlines()[0])
+    assert step["train/perceptual"] > 0
+    assert [path.name for path in (tmp_path / "vae" / "weights").iterdir()] == ["vae.safetensors"]
 
 
 class Stranger:
