@@ -7,7 +7,7 @@ Dropped: the causal masks that old GPT-2 files hold, the rotary frequencies.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from ldm_audio.convert.clvp import (
     transpose,
 )
 from ldm_audio.convert.rules import Rule, cat_rows, drop, prefixed, split_rows
-from ldm_audio.convert.shapes import Shapes, count, shape_of
+from ldm_audio.convert.shapes import count
 from ldm_audio.errors import InputError
 from ldm_audio.models.clvp import inverse_frequencies
 
@@ -34,6 +34,8 @@ DVAE_TARGET = "ldm_audio.models.dvae.DVAE"
 
 HEAD_DIM = 64
 CODEBOOK_DECAY = 0.99
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def as_matrix(weight: Tensor) -> Tensor:
@@ -222,3 +224,10 @@ def heads_of(dim: int) -> int:
     if dim % HEAD_DIM:
         raise InputError(f"width {dim}: expected a multiple of {HEAD_DIM}, the width of a head")
     return dim // HEAD_DIM
+
+
+def shape_of(shapes: Shapes, name: str) -> tuple[int, ...]:
+    """The shape of `name`; InputError where there is none."""
+    if name not in shapes:
+        raise InputError(f"no tensor named {name}: not one of TorToise's files as released")
+    return shapes[name]

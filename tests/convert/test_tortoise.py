@@ -152,7 +152,7 @@ def test_the_original_attention_sorts_its_rows_by_head():
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"text_config": {"summary_type": "last"}}, "text_config.summary_type='last': expected 'mean'"),
+        ({"text_config": {"summary_type": "last"}}, "text_config.summary_type='last': only 'mean'"),
         ({"decoder_config": {"activation_function": "relu"}}, "decoder_config.activation_function='relu'"),
         ({"decoder_config": {"eos_token_id": 5}}, "start and stop are not the last two tokens"),
     ],
@@ -166,7 +166,7 @@ def test_sizes_without_an_equal_are_refused():
     turned = {**toys.CLVP_RECIPE, "speech_tower": {**toys.TOWER, "rotary_dim": 64}}
     with pytest.raises(InputError, match=r"speech_tower\.rotary_dim=64"):
         clvp.config_of(turned, toys.SPEECH_LM_RECIPE)
-    with pytest.raises(InputError, match=r"no tensor named text_emb\.weight"):
+    with pytest.raises(InputError, match=r"no tensor named text_emb\.weight: not one of TorToise's files"):
         tortoise.clvp_recipe({})
     with pytest.raises(InputError, match="width 66: expected a multiple of 64"):
         tortoise.heads_of(66)
