@@ -5,7 +5,7 @@ letters: b batch, c channels, d width, h heads, i queries, j keys, t latent fram
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
 
+NARROW = 4  # mel bins of a map below which oneDNN's transposed convolution is the slower one
 PACKED_ROWS = 16  # what a packed weight is ordered for; as fast for one row
 
 
@@ -162,11 +163,52 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, embed: Tensor | None = None) -> Tensor:
         """(b, c, t, f), embed (b, embed_dim) if the block has an `embed_dim` -> (b, out_channels, t, f)."""
-        h = self.conv1(F.silu(self.norm1(x)))
+        in_place = not torch.is_grad_enabled()  # at the widest maps, what is kept decides the peak of memory
+        h = self.conv1(F.silu(self.norm1(x), inplace=in_place))
         if self.embed_proj is not None:
             h = h + rearrange(self.embed_proj(F.silu(embed)), "b c -> b c 1 1")
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.skip(x) + h
+        h = self.conv2(self.dropout(F.silu(self.norm2(h), inplace=in_place)))
+        return h.add_(self.skip(x)) if in_place else self.skip(x) + h
+
+
+class UpsampleConv(nn.Conv2d):
+    """A map at twice the size, each value four times, through a 3x3 convolution.
+
+    Each output sees two by two different values only, so that one transposed convolution with a 4x4 kernel
+    does both, with 4 multiplications in the place of 9; so in inference on the CPU.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, padding=1)
+        self._sums: tuple[tuple[int, int], Tensor] | None = None
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """(b, c, t, f) -> (b, c, *size), `size` being (2 t, 2 f) or one less on either axis."""
+        is_double = tuple(size) == (2 * x.shape[2], 2 * x.shape[3])
+        if not is_double or x.shape[3] < NARROW or not is_plain_cpu(x):
+            return super().forward(F.interpolate(x, size=tuple(size), mode="nearest"))
+        return F.conv_transpose2d(x, self.kernel_sums(), self.bias, stride=2, padding=1)
+
+    def kernel_sums(self) -> Tensor:
+        """(in, out, 4, 4): the sums of the 3x3 kernel's values that a value of the small map meets; kept."""
+        key = self.weight.data_ptr(), self.weight._version
+        if self._sums is None or self._sums[0] != key:
+            meets = self.weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+            sums = torch.einsum("oiyx,ay,bx->ioab", self.weight, meets, meets)
+            self._sums = key, sums.contiguous(memory_format=torch.channels_last)
+        return self._sums[1]
+
+
+def is_plain_cpu(x: Tensor) -> bool:
+    """Whether `x` is on a CPU with oneDNN, in plain inference: no gradient, no autocast, no compiler."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and torch.backends.mkldnn.is_available()
+    )
 
 
 class Level(nn.Module):
@@ -184,29 +226,79 @@ class Level(nn.Module):
 class PackedLinear(nn.Module):
     """A linear layer for inference on the CPU, its weight in the order of oneDNN's kernels, which is kept.
 
-    Reads the weight once a call, where the plain layer may sort it anew for each.
+    Reads the weight once a call, where the plain layer may sort it anew for each, and is not MKL's, which
+    holds back on processors of other makers.
     """
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
-        weight = linear.weight.detach()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_ROWS)
-        self.bias = linear.bias
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), PACKED_ROWS)
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., out)."""
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
+class PackedPointwise(PackedLinear):
+    """The same of a convolution with a 1x1 kernel, which moves nothing where channels come last in memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, c, t, f) -> (b, out, t, f)."""
+        return rearrange(super().forward(rearrange(x, "b c t f -> b t f c")), "b t f c -> b c t f")
+
+
+class PackedNarrowConv(PackedLinear):
+    """A 3x3 convolution of maps that are one or two mel bins wide, as one matrix product of three lines.
+
+    In so narrow a map a third of the kernel meets padding or more, and oneDNN's own loops run idle: the
+    product is two to four times as fast.
+    """
+
+    def __init__(self, conv: nn.Conv2d, bins: int):
+        out, c = conv.weight.shape[:2]
+        kernel = torch.zeros(bins, out, 3, bins, c, dtype=conv.weight.dtype)
+        for to in range(bins):
+            for source in range(max(0, to - 1), min(bins, to + 2)):
+                taps = rearrange(conv.weight.detach()[..., source - to + 1], "out c lines -> out lines c")
+                kernel[to, :, :, source] = taps
+        super().__init__(
+            rearrange(kernel, "to out lines source c -> (to out) (lines source c)"),
+            None if conv.bias is None else conv.bias.detach().repeat(bins),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, c, t, f) -> (b, out, t, f)."""
+        lines = F.pad(rearrange(x, "b c t f -> b t (f c)"), (0, 0, 1, 1))
+        length = x.shape[2]
+        taps = torch.cat([lines[:, shift : shift + length] for shift in range(3)], dim=-1)
+        return rearrange(super().forward(taps), "b t (f out) -> b out t f", f=x.shape[3])
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether this torch has oneDNN's kernels for this weight's device and dtype."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
 def pack_linears(network: nn.Module) -> None:
     """Replaces every linear layer by a packed one, in place, one at a time, so that memory stays the same.
+
+    So also convolutions with a 1x1 kernel.
 
     The network can be neither trained nor saved nor moved any more. Where this torch or this device has no
     such kernels, nothing is changed.
     """
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and child.weight.device.type == "cpu":
-                setattr(module, name, PackedLinear(child))
+            if not isinstance(child, nn.Linear | nn.Conv2d) or not can_pack(child.weight):
+                continue
+            if isinstance(child, nn.Linear):
+                setattr(module, name, PackedLinear(child.weight, child.bias))
+            elif child.kernel_size == (1, 1) and child.stride == (1, 1):
+                kernel = rearrange(child.weight, "out c 1 1 -> out c")
+                setattr(module, name, PackedPointwise(kernel, child.bias))

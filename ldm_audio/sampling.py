@@ -58,6 +58,8 @@ def sample(cfg: DictConfig) -> None:
     system.set_precision(cfg.precision)
     if cfg.compile:
         system.compile()
+    else:
+        system.pack()
 
     folder = SampleFolder(cfg.out, mel=system.mel, **share)
     with tqdm(unit="step", dynamic_ncols=True, position=rank, desc="sample") as bar:

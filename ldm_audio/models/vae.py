@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm_audio.layers import Level, ResBlock
+from ldm_audio.layers import Level, ResBlock, UpsampleConv
 
 NORM_EPS = 1e-6
 
@@ -140,7 +140,7 @@ class Decoder(nn.Module):
                 out_width = channels * channel_mults[level]
                 blocks.append(_res_block(width, out_width, norm_groups=norm_groups, dropout=dropout))
                 width = out_width
-            resample = nn.Conv2d(width, width, 3, padding=1) if level > 0 else None
+            resample = UpsampleConv(width) if level > 0 else None
             self.up.append(Level(blocks=blocks, resample=resample))
         self.norm_out = nn.GroupNorm(norm_groups, width, eps=NORM_EPS)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
@@ -152,7 +152,7 @@ class Decoder(nn.Module):
             for block in level.blocks:
                 h = block(h)
             if level.resample is not None:
-                h = level.resample(F.interpolate(h, scale_factor=2, mode="nearest"))
+                h = level.resample(h, (2 * h.shape[2], 2 * h.shape[3]))
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
