@@ -12,19 +12,27 @@ from torch import Tensor, nn
 from ldm_audio.audio.clap_mel import ClapMel
 from ldm_audio.audio.mel import LogMel
 from ldm_audio.audio.mixup import Mixup
+from ldm_audio.audio.speech_mel import SpeechMel
+from ldm_audio.data.speech_tokenizer import SpeechTokenizer, train_speech_bpe
 from ldm_audio.data.tokenizers import Tokenizer, train_bpe
 from ldm_audio.diffusion.schedule import Schedule
 from ldm_audio.models.clap import CLAP
+from ldm_audio.models.clvp import CLVP, Tower
 from ldm_audio.models.discriminators import PatchDiscriminator, WaveDiscriminator
+from ldm_audio.models.dvae import DVAE
 from ldm_audio.models.hifigan import HiFiGAN
 from ldm_audio.models.htsat import HTSAT
 from ldm_audio.models.perceptual import MultiResolutionMel
 from ldm_audio.models.roberta import Roberta
+from ldm_audio.models.speech_lm import SpeechLM
 from ldm_audio.models.unet import UNet
 from ldm_audio.models.vae import VAE
 from ldm_audio.objectives.base import Objective
+from ldm_audio.objectives.clvp import CLVPObjective
 from ldm_audio.objectives.contrastive import ContrastiveObjective
+from ldm_audio.objectives.dvae import DVAEObjective
 from ldm_audio.objectives.latent_diffusion import LatentDiffusionObjective
+from ldm_audio.objectives.speech_lm import SpeechLMObjective
 from ldm_audio.objectives.vae import VAEObjective
 from ldm_audio.objectives.vocoder import VocoderObjective
 from ldm_audio.pipelines.text_to_audio import TextToAudio
@@ -70,6 +78,27 @@ CLAP_RECIPE = {
         "dropout": 0.0,
     },
 }  # fmt: skip
+SPEECH_MEL = {
+    "sample_rate": RATE, "n_fft": 512, "hop_length": 160, "n_mels": 16, "fmin": 0, "fmax": 8000,
+    "reference_samples": 1280, "norms": None,
+}  # fmt: skip
+DVAE_RECIPE = {
+    "_target_": "ldm_audio.models.dvae.DVAE", "n_mels": 16, "channels": 8, "num_levels": 1,
+    "num_res_blocks": 1, "num_tokens": 12, "codebook_dim": 4, "codebook_decay": 0.9,
+}  # fmt: skip
+TOWER_RECIPE = {
+    "_target_": "ldm_audio.models.clvp.Tower", "vocab_size": 64, "dim": 16, "depth": 1, "num_heads": 1,
+    "ff_dim": 16, "rotary_dim": 8, "joint_dim": 12, "norm": "floor", "dropout": 0.0,
+}  # fmt: skip
+CLVP_RECIPE = {
+    "_target_": "ldm_audio.models.clvp.CLVP", "text_tower": TOWER_RECIPE, "speech_tower": TOWER_RECIPE,
+}  # fmt: skip
+SPEECH_LM_RECIPE = {
+    "_target_": "ldm_audio.models.speech_lm.SpeechLM", "n_mels": 16, "dim": 16, "depth": 1, "num_heads": 2,
+    "ff_dim": 32, "conditioning_depth": 1, "text_vocab_size": 64, "text_start": 63, "text_stop": 0,
+    "num_tokens": 12, "max_text_positions": 40, "max_speech_positions": 20, "text_head": True,
+    "dropout": 0.0,
+}  # fmt: skip
 SCHEDULE = {
     "num_timesteps": 1000, "beta_start": 0.0015, "beta_end": 0.0195, "kind": "scaled_linear",
     "prediction": "eps",
@@ -104,6 +133,23 @@ def clap() -> CLAP:
         joint_dim=CLAP_RECIPE["joint_dim"],
     )
     return with_recipe(network, CLAP_RECIPE)
+
+
+def dvae() -> DVAE:
+    return with_recipe(DVAE(**arguments(DVAE_RECIPE)), DVAE_RECIPE)
+
+
+def clvp() -> CLVP:
+    towers = {name: Tower(**arguments(CLVP_RECIPE[name])) for name in ("text_tower", "speech_tower")}
+    return with_recipe(CLVP(**towers), CLVP_RECIPE)
+
+
+def speech_lm() -> SpeechLM:
+    return with_recipe(SpeechLM(**arguments(SPEECH_LM_RECIPE)), SPEECH_LM_RECIPE)
+
+
+def speech_tokenizer() -> SpeechTokenizer:
+    return train_speech_bpe(CAPTIONS, vocab_size=60)
 
 
 def with_recipe(network: nn.Module, recipe: dict) -> nn.Module:
@@ -185,7 +231,35 @@ def diffusion_objective(**changes) -> LatentDiffusionObjective:
     return LatentDiffusionObjective(**settings | changes)
 
 
+def dvae_objective(**changes) -> DVAEObjective:
+    settings = {
+        "mel": SpeechMel(**SPEECH_MEL), "dvae": dvae(), "seed": 0, "commitment_weight": 0.25,
+        "restart_below": 0.1,
+    }  # fmt: skip
+    return DVAEObjective(**settings | changes)
+
+
+def speech_lm_objective(**changes) -> SpeechLMObjective:
+    settings = {
+        "mel": SpeechMel(**SPEECH_MEL), "speech_lm": speech_lm(), "dvae": randomise(dvae()),
+        "tokenizer": speech_tokenizer(), "text_weight": 0.5, "allow_random_frozen": True,
+    }  # fmt: skip
+    return SpeechLMObjective(**settings | changes)
+
+
+def clvp_objective(**changes) -> CLVPObjective:
+    settings = {
+        "mel": SpeechMel(**SPEECH_MEL), "clvp": clvp(), "dvae": randomise(dvae()),
+        "tokenizer": speech_tokenizer(), "seed": 0, "text_masking": 0.1, "speech_masking": 0.1,
+        "mask_duplicates": True, "allow_random_frozen": True,
+    }  # fmt: skip
+    return CLVPObjective(**settings | changes)
+
+
 OBJECTIVES = {
+    "dvae": dvae_objective,
+    "speech_lm": speech_lm_objective,
+    "clvp": clvp_objective,
     "vae": vae_objective,
     "vocoder": vocoder_objective,
     "contrastive": contrastive_objective,
@@ -210,7 +284,14 @@ def batch(*items: int) -> dict:
     """The batch of these global item numbers."""
     numbers = torch.tensor(items)
     captions = [CAPTIONS[item % len(CAPTIONS)] for item in items]
-    return {"waveform": waveforms(numbers), "caption": captions, "item": numbers, "index": numbers % 4}
+    return {
+        "waveform": waveforms(numbers),
+        "num_samples": SAMPLES - 160 * (numbers % 3),
+        "references": torch.stack([waveforms(numbers + 1), waveforms(numbers + 2)], dim=1)[..., :1280],
+        "caption": captions,
+        "item": numbers,
+        "index": numbers % 4,
+    }
 
 
 class Batches:

@@ -48,9 +48,10 @@ class Codebook(nn.Module):
 
     def nearest(self, z: Tensor) -> Tensor:
         """(b, c, t) -> (b, t) int64, the vector of least distance."""
-        flat = rearrange(z, "b c t -> (b t) c")
-        # |z|² is the same for every vector
-        distance = self.vectors.square().sum(dim=1) - 2 * flat @ self.vectors.T  # (b t, num_tokens)
+        with torch.autocast(z.device.type, enabled=False):
+            flat = rearrange(z.to(self.vectors.dtype), "b c t -> (b t) c")
+            # |z|² is the same for every vector
+            distance = self.vectors.square().sum(dim=1) - 2 * flat @ self.vectors.T  # (b t, num_tokens)
         return rearrange(distance.argmin(dim=1), "(b t) -> b t", b=len(z))
 
     def look_up(self, tokens: Tensor) -> Tensor:
@@ -79,6 +80,14 @@ class Codebook(nn.Module):
         total = self.counts.sum()
         smoothed = (self.counts + EMA_EPS) / (total + len(self.counts) * EMA_EPS) * total
         self.vectors.copy_(self.sums / smoothed[:, None])
+
+    @torch.no_grad()
+    def restart(self, chosen: Tensor, vectors: Tensor) -> None:
+        """Where chosen (num_tokens,) is True, takes the vector of `vectors`, with the mean count."""
+        count = self.counts.mean()
+        self.vectors[chosen] = vectors[chosen].to(self.vectors.dtype)
+        self.sums[chosen] = self.vectors[chosen] * count
+        self.counts[chosen] = count
 
     @torch.no_grad()
     def start_at(self, vectors: Tensor) -> None:

@@ -42,16 +42,25 @@ class ContrastiveObjective(Objective):
         device = batch["waveform"].device
         audio_embed, text_embed = self.clap(batch["waveform"], text_tokens.to(device), text_mask.to(device))
         logits = self.clap.logit_scale_audio.exp() * audio_embed @ text_embed.T  # (b audio, b text)
-        if self.mask_duplicates:
-            logits = logits.masked_fill(equal_captions(batch["caption"]).to(device), -torch.inf)
-        target = torch.arange(len(logits), device=device)
-        loss = 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
-        hits = (logits.argmax(1) == target).float().mean() + (logits.argmax(0) == target).float().mean()
-        return loss, hits / 2
+        duplicates = equal_captions(batch["caption"]).to(device) if self.mask_duplicates else None
+        return symmetric_info_nce(logits, duplicates)
 
     def validate(self, batch: dict) -> Logs:
         loss, accuracy = self.info_nce(batch)
         return {"loss": loss, "accuracy": accuracy}
+
+
+def symmetric_info_nce(logits: Tensor, duplicates: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(b, b) logits with partners on the diagonal -> the loss, and the share of partners that rank first.
+
+    Both are means of the two directions. duplicates: (b, b) bool, True where a pair is no negative.
+    """
+    if duplicates is not None:
+        logits = logits.masked_fill(duplicates, -torch.inf)
+    target = torch.arange(len(logits), device=logits.device)
+    loss = 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+    hits = (logits.argmax(1) == target).float().mean() + (logits.argmax(0) == target).float().mean()
+    return loss, hits / 2
 
 
 def equal_captions(captions: list[str]) -> Tensor:
