@@ -7,6 +7,7 @@ Published weights (see `convert.sources`) load through the same functions, and `
 
 import json
 import warnings
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -18,13 +19,16 @@ from hydra.errors import InstantiationException
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ldm_audio import speech_system
 from ldm_audio.audio.mel import LogMel
+from ldm_audio.audio.speech_mel import SpeechMel
 from ldm_audio.convert import exports
 from ldm_audio.convert.describe import describe_names, describe_own, describe_source
 from ldm_audio.convert.parts import Part, Source, located
 from ldm_audio.convert.rules import Rule
 from ldm_audio.convert.sources import local, open_source
 from ldm_audio.convert.stored import open_file, open_safetensors, read_json, write_safetensors
+from ldm_audio.data.speech_tokenizer import SpeechTokenizer, load_speech_tokenizer
 from ldm_audio.data.tokenizers import Tokenizer, load_tokenizer
 from ldm_audio.diffusion.schedule import Schedule
 from ldm_audio.errors import InputError
@@ -32,11 +36,16 @@ from ldm_audio.files import replacing, write_json
 from ldm_audio.models.clap import CLAP
 from ldm_audio.objectives.base import Objective
 from ldm_audio.pipelines.text_to_audio import TextToAudio
+from ldm_audio.pipelines.text_to_speech_tokens import TextToSpeechTokens
 
 FORMAT = "ldm_audio.network/1"
 SYSTEM_FORMAT = "ldm_audio.system/1"
 ALLOWED_TARGETS = ("ldm_audio.models.", "ldm_audio.audio.", "ldm_audio.diffusion.")
 PARTS = ("unet", "vae", "vocoder", "clap")
+KEYS = {  # of `system.json`, by pipeline
+    "text_to_audio": ("mel", "schedule", "latent_scale"),
+    speech_system.PIPELINE: ("mel", "ending", "cleaner"),
+}
 PART_OF = {
     "ldm_audio.models.unet.UNet": "unet",
     "ldm_audio.models.vae.VAE": "vae",
@@ -44,6 +53,9 @@ PART_OF = {
     "ldm_audio.models.clap.CLAP": "clap",
     "ldm_audio.models.htsat.HTSAT": "clap.audio_tower",
     "ldm_audio.models.roberta.Roberta": "clap.text_tower",
+    "ldm_audio.models.speech_lm.SpeechLM": "speech_lm",
+    "ldm_audio.models.clvp.CLVP": "clvp",
+    "ldm_audio.models.dvae.DVAE": "dvae",
 }
 CAPTIONS = ("a dog barks", "a slow piano melody", "heavy rain on a tin roof", "a crowd cheers and claps")
 COLLAPSED = 0.99  # cosine of the two least alike of these captions
@@ -56,7 +68,7 @@ def load(
     tokenizer: str | None = None,
     ema: bool = True,
     heads: str = "config",
-) -> nn.Module | TextToAudio:
+) -> nn.Module | TextToAudio | TextToSpeechTokens:
     """A pipeline for a system, a frozen network in eval mode for one network, our own or published.
 
     path: a file or folder, or `hf://owner/name[@revision][/file]`.
@@ -87,7 +99,7 @@ def load_network(
 ) -> nn.Module:
     """One network, loaded strictly, frozen, in eval mode; it carries `recipe` and `provenance`.
 
-    part: `unet`, `vae`, `vocoder` or `clap`, where a folder or a checkpoint holds several.
+    part: `unet`, `vae`, `vocoder`, `clap`, `speech_lm` or `clvp`, where a folder or a file holds several.
 
     InputError for what is not known, does not hold that part, or names something outside this package's
     networks, and for tensors that do not fit.
@@ -120,13 +132,13 @@ def load_parts(path: str | Path, names: tuple[str, ...]) -> tuple[dict[str, nn.M
     scale = None
     if is_own(path):
         files = [path / f"{name}.safetensors" for name in names] if path.is_dir() else [path]
-        scale = read_system(path)["latent_scale"] if path.is_dir() else None
+        scale = read_system(path).get("latent_scale") if path.is_dir() else None
         networks = [own_network(file) for file in files if file.exists()]
         found = {PART_OF.get(network.recipe["_target_"], ""): network for network in networks}
     else:
         source = open_source(path)
         tell(source)
-        scale = source.system and source.system["latent_scale"]
+        scale = source.system and source.system.get("latent_scale")
         found = {name: build_part(p) for name, p in source.parts.items() if name.split(".")[0] in names}
     found = {name: network for name, network in found.items() if name.split(".")[0] in names}
     if not found:
@@ -262,7 +274,9 @@ def read_system(folder: Path) -> dict[str, Any]:
     system = read_json(path)
     if system.get("format") != SYSTEM_FORMAT:
         raise InputError(f"{path}: format {system.get('format')}, expected {SYSTEM_FORMAT}")
-    if missing := [key for key in ("mel", "schedule", "latent_scale") if key not in system]:
+    if system.get("pipeline") not in KEYS:
+        raise InputError(f"{path}: pipeline {system.get('pipeline')}, expected {' or '.join(KEYS)}")
+    if missing := [key for key in KEYS[system["pipeline"]] if key not in system]:
         raise InputError(f"{path}: lacks {', '.join(missing)}")
     return system
 
@@ -275,19 +289,27 @@ def load_system(
     ema: bool = True,
     heads: str = "config",
     device: str = "cpu",
-) -> TextToAudio:
+) -> TextToAudio | TextToSpeechTokens:
     """The pipeline of a system, our own or published, with the vocoder of another file where one is named."""
     path = local(folder)
-    if path.is_dir() and not (path / "model_index.json").is_file():
+    if is_own(path):
         system = read_system(path)
+        if system["pipeline"] == speech_system.PIPELINE:
+            parts = {name: own_network(path / f"{name}.safetensors") for name in speech_system.PARTS}
+            place = local(tokenizer) if tokenizer else path / "tokenizer.json"
+            return speech_pipeline(parts, system, place, path).to(device)
         words = load_tokenizer(local(tokenizer, settings_only=True) if tokenizer else path / "tokenizer.json")
         names = [name for name in PARTS if name != "vocoder" or vocoder is None]
         parts = {name: own_network(path / f"{name}.safetensors") for name in names}
     else:
         source = open_source(path, ema=ema, heads=heads)
         if source.system is None:
-            raise InputError(f"{path}: a {source.kind}, which is no text-to-audio system")
+            raise InputError(f"{path}: a {source.kind}, which is no system")
         tell(source)
+        if source.system.get("pipeline") == speech_system.PIPELINE:
+            parts = {name: build_part(part) for name, part in source.parts.items()}
+            place = local(tokenizer) if tokenizer else source.tokenizer
+            return speech_pipeline(parts, source.system, place, path).to(device)
         system, words = source.system, find_tokenizer(source, path, tokenizer)
         parts = {name: build_part(part) for name, part in source.parts.items()}
     if vocoder is not None:
@@ -304,8 +326,27 @@ def load_system(
     return pipeline.to(device)
 
 
-def find_tokenizer(source: Source, path: Path, given: str | None) -> Tokenizer:
-    """The tokenizer given, else the source's own; InputError where there is none or it does not fit."""
+def speech_pipeline(
+    networks: dict[str, nn.Module], system: dict, place: Path | None, path: Path
+) -> TextToSpeechTokens:
+    """The pipeline of speech networks at `path`, with the tokenizer at `place`."""
+    recipe = networks["speech_lm"].recipe
+    words = speech_system.speech_words(place, path, cleaner=system["cleaner"], recipe=recipe)
+    with located(path):
+        return speech_system.speech_pipeline(networks, system, words)
+
+
+def find_tokenizer(source: Source, path: Path, given: str | None) -> Tokenizer | SpeechTokenizer | None:
+    """The tokenizer given, else the source's own; None for networks without text.
+
+    InputError where a text tower lacks one or has another.
+    """
+    if "clap" not in source.parts and source.system is not None:
+        place = local(given) if given else source.tokenizer
+        recipe = source.parts["speech_lm"].recipe
+        return speech_system.speech_words(place, path, cleaner=source.system["cleaner"], recipe=recipe)
+    if "clap" not in source.parts or source.parts["clap"].recipe["text_tower"] is None:
+        return None
     place = local(given, settings_only=True) if given else source.tokenizer
     if place is None:
         raise InputError(
@@ -373,8 +414,7 @@ def convert(
     states = {name: state_of(part) for name, part in source.parts.items()}
     for name, part in source.parts.items():
         part.check(states[name])
-    has_text = "clap" in source.parts and source.parts["clap"].recipe["text_tower"] is not None
-    words = find_tokenizer(source, path, tokenizer) if has_text else None
+    words = find_tokenizer(source, path, tokenizer)
 
     is_file = out.suffix == ".safetensors"
     if is_file and len(source.parts) > 1:
@@ -391,7 +431,8 @@ def convert(
             write_safetensors(temporary, states[name], part.convert(states[name]), header=header)
     if words is not None:
         words.save(folder / "tokenizer.json")
-        warn_if_collapsed(build_part(source.parts["clap"]), words, path)  # its pages are in memory
+        if "clap" in source.parts:
+            warn_if_collapsed(build_part(source.parts["clap"]), words, path)  # its pages are in memory
     if source.system is not None:
         write_system(out, source.system | {"licence": licence})
     return source
@@ -402,7 +443,7 @@ def inspect(path: str | Path, *, ema: bool = True, heads: str = "config", rules:
     path = local(path)
     if path.is_dir() and (path / "system.json").is_file():
         lines = [f"kind: {SYSTEM_FORMAT}", *(f"{key}: {value}" for key, value in read_system(path).items())]
-        files = [path / f"{name}.safetensors" for name in PARTS]
+        files = [path / f"{name}.safetensors" for name in parts_of(read_system(path))]
         return lines + [line for file in files for line in ("", f"{file.name}:", *inspect(file))]
     if path.is_file() and is_own(path):
         return describe_own(*open_safetensors(path))
@@ -423,11 +464,16 @@ def export(path: str | Path, out: str | Path, *, to: str) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists already; choose another place")
     if path.is_dir():
+        system = read_system(path)
+        networks = {name: opened(path / f"{name}.safetensors") for name in parts_of(system)}
+        if system["pipeline"] == speech_system.PIPELINE:
+            if to != "transformers":
+                raise InputError(f"{path}: a {system['pipeline']} system goes to transformers")
+            exports.export_clvp(out, system, networks, load_speech_tokenizer(path / "tokenizer.json"))
+            return
         if to != "diffusers":
             raise InputError(f"{path}: a system goes to diffusers; give its clap or vocoder file for {to}")
-        networks = {name: opened(path / f"{name}.safetensors") for name in PARTS}
-        words = load_tokenizer(path / "tokenizer.json")
-        exports.export_pipeline(out, read_system(path), networks, words)
+        exports.export_pipeline(out, system, networks, load_tokenizer(path / "tokenizer.json"))
         return
     recipe, state = opened(path)
     part = PART_OF.get(recipe["_target_"], recipe["_target_"])
@@ -440,6 +486,47 @@ def export(path: str | Path, out: str | Path, *, to: str) -> None:
         {"unet": exports.export_unet, "vae": exports.export_vae, "vocoder": exports.export_vocoder}[part](
             out, recipe, state
         )
+
+
+def parts_of(system: dict) -> tuple[str, ...]:
+    """The names of a system's networks."""
+    return speech_system.PARTS if system["pipeline"] == speech_system.PIPELINE else PARTS
+
+
+def join_speech(
+    out: str | Path,
+    *,
+    speech_lm: str | Path,
+    clvp: str | Path,
+    tokenizer: str | Path,
+    mel: SpeechMel,
+    ending: Sequence[int] | None,
+    cleaner: str = "english",
+    licence: str = "unspecified",
+) -> None:
+    """Writes a system of networks from files, ours or TorToise's `autoregressive.pth` and `clvp2.pth`.
+
+    mel: the front end of the voice, with the norms that speech_lm was trained with. ending:
+    `convert.clvp.RELEASED_ENDING` for released weights, None for our own.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: exists already; choose another place")
+    networks = {
+        name: load_network(path, part=name) for name, path in (("speech_lm", speech_lm), ("clvp", clvp))
+    }
+    system = {"mel": mel.settings(), "ending": ending and list(ending), "cleaner": cleaner}
+    pipeline = speech_pipeline(networks, system, local(tokenizer), out)  # refuses what does not fit
+    for name, network in networks.items():
+        save_network(
+            network,
+            out / f"{name}.safetensors",
+            recipe=network.recipe,
+            provenance=network.provenance,
+            licence=licence,
+        )
+    pipeline.tokenizer.save(out / "tokenizer.json")
+    write_system(out, {"pipeline": speech_system.PIPELINE, **system, "licence": licence})
 
 
 def opened(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

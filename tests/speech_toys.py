@@ -64,7 +64,7 @@ def theirs(seed: int = 0):
 def clvp_from(state: dict[str, Tensor]) -> CLVP:
     ours = network(CLVP_RECIPE)
     taken = {k: v for k, v in state.items() if not k.startswith(table.SPEECH_LM_PREFIXES)}
-    rules = table.clvp_rules(text_rotary_dim=32, speech_rotary_dim=32)
+    rules = table.clvp_rules(CLVP_RECIPE)
     ours.load_state_dict(apply_rules(rules, taken, shapes_of(ours)))
     return ours
 

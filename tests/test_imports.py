@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "convert": LAYER_0 | {"models", "diffusion", "data"},
     "training": ALONE | {"distributed", "audio", "objectives.base"},
 }
-ON_TOP = {"config", "pretrained", "quickstart", "cli", "sampling"}  # may import anything
+ON_TOP = {"config", "pretrained", "speech_system", "quickstart", "cli", "sampling"}  # may import anything
 HEAVY = (
     "wandb", "librosa", "tokenizers", "torchaudio", "matplotlib", "transformers", "diffusers", "tensorboard",
 )  # fmt: skip

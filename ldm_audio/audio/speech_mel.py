@@ -13,6 +13,7 @@ Axes: b batch, f mel bins, n mel frames, s samples.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,12 @@ class SpeechMel:
         self.fmax = fmax
         self.reference_samples = reference_samples
         self.norms = None if norms is None else tuple(float(norm) for norm in norms)
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make the same front end."""
+        names = ("sample_rate", "n_fft", "hop_length", "n_mels", "fmin", "fmax", "reference_samples")
+        norms = None if self.norms is None else list(self.norms)
+        return {name: getattr(self, name) for name in names} | {"norms": norms}
 
     def num_frames(self, num_samples: int) -> int:
         """Mel frames of a waveform of `num_samples` samples."""

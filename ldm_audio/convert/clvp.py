@@ -4,13 +4,26 @@ Both are tables for `convert.rules` and recipes, with their ways back. transform
 frequencies, which are made anew for it, and GPT-2's matrices the other way round.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from ldm_audio.convert.rules import Rule, cat_rows, prefixed, split_rows
+from ldm_audio.convert.settings import (
+    COUNT,
+    INDEX,
+    NOTHING,
+    NUMBER,
+    Setting,
+    either,
+    fixed,
+    read_settings,
+    several,
+    to_ours,
+    to_theirs,
+)
 from ldm_audio.errors import InputError
 from ldm_audio.models.clvp import inverse_frequencies
 
@@ -21,6 +34,7 @@ SPEECH_LM_TARGET = "ldm_audio.models.speech_lm.SpeechLM"
 ROTARY_DIM = 32
 DROPOUT = 0.1
 TEXT_START, TEXT_STOP = 255, 0
+RELEASED_ENDING = (83, 45, 45, 248)  # silence, and what ends each of its sequences of speech tokens
 SPEECH_LM_PREFIXES = ("conditioning_encoder.", "speech_decoder_model.")
 
 
@@ -51,13 +65,15 @@ def tower_rules(rotary_dim: int) -> list[Rule]:
     ]
 
 
-def clvp_rules(*, text_rotary_dim: int, speech_rotary_dim: int) -> list[Rule]:
-    """The two towers and the scale, given how many channels of a head each rotates."""
+def clvp_rules(recipe: Mapping[str, Any]) -> list[Rule]:
+    """The two towers and the scale of a CLVP with this config."""
     towers = [
         rule
-        for kind, rotary_dim in (("text", text_rotary_dim), ("speech", speech_rotary_dim))
+        for kind in ("text", "speech")
         for rule in prefixed(
-            tower_rules(rotary_dim), source=f"{kind}_encoder_model.", target=f"{kind}_tower."
+            tower_rules(recipe[f"{kind}_tower"]["rotary_dim"]),
+            source=f"{kind}_encoder_model.",
+            target=f"{kind}_tower.",
         )
     ]
     return [Rule("logit_scale", "logit_scale"), *towers]
@@ -108,42 +124,58 @@ def mlp_rules(theirs: str, ours: str) -> list[Rule]:
     ]
 
 
-# What a `ClvpConfig` leaves out of its JSON where it has this value, and where it must have it for us.
-TOWER_DEFAULTS = {
-    "vocab_size": 256,
-    "hidden_size": 768,
-    "intermediate_size": 1536,
-    "projection_dim": 768,
-    "num_hidden_layers": 20,
-    "num_attention_heads": 12,
-    "dropout": DROPOUT,
+# What transformers assumes of a key that is missing from a config, and what ours can equal.
+TOWER_SETTINGS = {
+    "vocab_size": Setting(COUNT, 256, "vocab_size"),
+    "hidden_size": Setting(COUNT, 768, "dim"),
+    "intermediate_size": Setting(COUNT, 1536, "ff_dim"),
+    "projection_dim": Setting(COUNT, 768, "joint_dim"),
+    "num_hidden_layers": Setting(COUNT, 20, "depth"),
+    "num_attention_heads": Setting(COUNT, 12, "num_heads"),
+    "dropout": Setting(NUMBER, DROPOUT, "dropout"),
+    **fixed(
+        {
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-5,
+            "use_rotary_embedding": True,
+            "use_attention_bias": False,
+            "summary_type": "mean",
+        }
+    ),
 }
-TOWER_FIXED = {
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-5,
-    "use_rotary_embedding": True,
-    "use_attention_bias": False,
-    "summary_type": "mean",
+# Of the text tower's config, for the language model.
+TEXT_SETTINGS = {
+    "vocab_size": Setting(COUNT, 256, "text_vocab_size"),
+    "bos_token_id": Setting(INDEX, TEXT_START, "text_start"),
+    "eos_token_id": Setting(INDEX, TEXT_STOP, "text_stop"),
 }
-DECODER_DEFAULTS = {
-    "vocab_size": 8194,
-    "max_position_embeddings": 608,
-    "max_text_tokens": 404,
-    "hidden_size": 1024,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 16,
-    "n_inner": None,
-    "num_mel_attn_blocks": 6,
-    "feature_size": 80,
-    "resid_pdrop": DROPOUT,
-    "bos_token_id": 8192,
-    "eos_token_id": 8193,
+DECODER_SETTINGS = {
+    "vocab_size": Setting(COUNT, 8194),
+    "max_position_embeddings": Setting(COUNT, 608, "max_speech_positions"),
+    "max_text_tokens": Setting(COUNT, 404, "max_text_positions"),
+    "hidden_size": Setting(COUNT, 1024, "dim"),
+    "num_hidden_layers": Setting(COUNT, 30, "depth"),
+    "num_attention_heads": Setting(COUNT, 16, "num_heads"),
+    "n_inner": Setting(either(COUNT, NOTHING), None),
+    "num_mel_attn_blocks": Setting(COUNT, 6, "conditioning_depth"),
+    "feature_size": Setting(COUNT, 80, "n_mels"),
+    "resid_pdrop": Setting(NUMBER, DROPOUT, "dropout"),
+    "bos_token_id": Setting(INDEX, 8192),
+    "eos_token_id": Setting(INDEX, 8193),
+    "decoder_fixing_codes": Setting(several(INDEX), list(RELEASED_ENDING)),
+    **fixed({"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "use_attention_bias": True}),
 }
-DECODER_FIXED = {
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "use_attention_bias": True,
+
+
+PREPROCESSOR_SETTINGS = {
+    "sampling_rate": Setting(COUNT, 22050, "sample_rate"),
+    "n_fft": Setting(COUNT, 1024, "n_fft"),
+    "hop_length": Setting(COUNT, 256, "hop_length"),
+    "feature_size": Setting(COUNT, 80, "n_mels"),
+    "mel_norms": Setting(either(several(NUMBER), NOTHING), None, "norms"),
+    "default_audio_length": Setting(COUNT, 6),
 }
+MEL_RANGE = {"fmin": 0, "fmax": 8000}  # which transformers keeps in its code
 
 
 def recipes_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -151,64 +183,57 @@ def recipes_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
     Raises InputError for a setting that the networks here do not have.
     """
-    text = {**TOWER_DEFAULTS, "bos_token_id": TEXT_START, "eos_token_id": TEXT_STOP}
-    text |= config.get("text_config") or {}
-    speech = {**TOWER_DEFAULTS, **(config.get("speech_config") or {})}
-    decoder = {**DECODER_DEFAULTS, **(config.get("decoder_config") or {})}
-    for name, given, fixed in (
-        ("text", text, TOWER_FIXED),
-        ("speech", speech, TOWER_FIXED),
-        ("decoder", decoder, DECODER_FIXED),
-    ):
-        for key, value in fixed.items():
-            if given.get(key, value) != value:
-                raise InputError(f"{name}_config.{key}={given[key]!r}: only {value!r} can be converted")
-    num_tokens = decoder["vocab_size"] - 2
-    if (decoder["bos_token_id"], decoder["eos_token_id"]) != (num_tokens, num_tokens + 1):
+    text, speech, decoder = (config.get(f"{name}_config") or {} for name in ("text", "speech", "decoder"))
+    ends = read_settings(text, TEXT_SETTINGS, within="text_config.")
+    values = read_settings(decoder, DECODER_SETTINGS, within="decoder_config.")
+    num_tokens = values["vocab_size"] - 2
+    if (values["bos_token_id"], values["eos_token_id"]) != (num_tokens, num_tokens + 1):
         raise InputError("decoder_config: its start and stop are not the last two tokens of its vocabulary")
     return {
         "clvp": {
             "_target_": CLVP_TARGET,
-            "text_tower": tower_recipe(text),
-            "speech_tower": tower_recipe(speech),
+            "text_tower": tower_recipe(text, within="text_config."),
+            "speech_tower": tower_recipe(speech, within="speech_config."),
         },
         "speech_lm": {
             "_target_": SPEECH_LM_TARGET,
-            "n_mels": decoder["feature_size"],
-            "dim": decoder["hidden_size"],
-            "depth": decoder["num_hidden_layers"],
-            "num_heads": decoder["num_attention_heads"],
-            "ff_dim": decoder["n_inner"] or 4 * decoder["hidden_size"],
-            "conditioning_depth": decoder["num_mel_attn_blocks"],
-            "text_vocab_size": text["vocab_size"],
-            "text_start": text["bos_token_id"],
-            "text_stop": text["eos_token_id"],
+            **to_ours(DECODER_SETTINGS, values),
+            **to_ours(TEXT_SETTINGS, ends),
+            "ff_dim": values["n_inner"] or 4 * values["hidden_size"],
             "num_tokens": num_tokens,
-            "max_text_positions": decoder["max_text_tokens"],
-            "max_speech_positions": decoder["max_position_embeddings"],
             "text_head": False,
-            "dropout": decoder["resid_pdrop"],
         },
     }
 
 
-def tower_recipe(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The sizes of a tower from its settings in a transformers config, defaults filled in."""
+def tower_recipe(config: Mapping[str, Any], *, within: str) -> dict[str, Any]:
+    """A tower's config from its settings in a transformers config, defaults filled in."""
+    values = read_settings(config, TOWER_SETTINGS, within=within)
     return {
         "_target_": TOWER_TARGET,
-        "vocab_size": config["vocab_size"],
-        "dim": config["hidden_size"],
-        "depth": config["num_hidden_layers"],
-        "num_heads": config["num_attention_heads"],
-        "ff_dim": config["intermediate_size"],
-        "rotary_dim": max(config["projection_dim"] // (2 * config["num_attention_heads"]), ROTARY_DIM),
-        "joint_dim": config["projection_dim"],
+        **to_ours(TOWER_SETTINGS, values),
+        "rotary_dim": rotary_dim_of(values["projection_dim"], values["num_attention_heads"]),
         "norm": "eps",
-        "dropout": config["dropout"],
     }
 
 
-def config_of(clvp: Mapping[str, Any], speech_lm: Mapping[str, Any]) -> dict[str, Any]:
+def rotary_dim_of(joint_dim: int, num_heads: int) -> int:
+    """How many channels of a head transformers rotates."""
+    return max(joint_dim // (2 * num_heads), ROTARY_DIM)
+
+
+def system_of(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
+    """What a system keeps beside its networks, from `config.json` and `preprocessor_config.json`."""
+    decoder = read_settings(config.get("decoder_config") or {}, DECODER_SETTINGS, within="decoder_config.")
+    values = read_settings(preprocessor, PREPROCESSOR_SETTINGS)
+    mel = to_ours(PREPROCESSOR_SETTINGS, values) | MEL_RANGE
+    mel["reference_samples"] = values["default_audio_length"] * values["sampling_rate"]
+    return {"mel": mel, "ending": decoder["decoder_fixing_codes"], "cleaner": "english"}
+
+
+def config_of(
+    clvp: Mapping[str, Any], speech_lm: Mapping[str, Any], *, ending: Sequence[int] = RELEASED_ENDING
+) -> dict[str, Any]:
     """The `config.json` of both; the other way of `recipes_of`.
 
     Raises:
@@ -216,31 +241,24 @@ def config_of(clvp: Mapping[str, Any], speech_lm: Mapping[str, Any]) -> dict[str
     """
     text, speech = clvp["text_tower"], clvp["speech_tower"]
     for name, tower in (("text", text), ("speech", speech)):
-        if tower_recipe(tower_config(tower))["rotary_dim"] != tower["rotary_dim"]:
+        if rotary_dim_of(tower["joint_dim"], tower["num_heads"]) != tower["rotary_dim"]:
             raise InputError(f"{name}_tower.rotary_dim={tower['rotary_dim']}: transformers has no such place")
     decoder = {
         "model_type": "clvp_decoder",
+        **to_theirs(DECODER_SETTINGS, speech_lm),
         "vocab_size": speech_lm["num_tokens"] + 2,
-        "max_position_embeddings": speech_lm["max_speech_positions"],
-        "max_text_tokens": speech_lm["max_text_positions"],
-        "hidden_size": speech_lm["dim"],
-        "num_hidden_layers": speech_lm["depth"],
-        "num_attention_heads": speech_lm["num_heads"],
         "n_inner": speech_lm["ff_dim"],
-        "num_mel_attn_blocks": speech_lm["conditioning_depth"],
-        "feature_size": speech_lm["n_mels"],
-        "resid_pdrop": speech_lm["dropout"],
         "embd_pdrop": speech_lm["dropout"],
         "attention_dropout": speech_lm["dropout"],
         "bos_token_id": speech_lm["num_tokens"],
         "eos_token_id": speech_lm["num_tokens"] + 1,
+        "decoder_fixing_codes": list(ending),
     }
-    ends = {"bos_token_id": speech_lm["text_start"], "eos_token_id": speech_lm["text_stop"]}
     return {
         "architectures": ["ClvpModelForConditionalGeneration"],
         "model_type": "clvp",
         "projection_dim": text["joint_dim"],
-        "text_config": tower_config(text) | ends,
+        "text_config": tower_config(text) | to_theirs(TEXT_SETTINGS, speech_lm),
         "speech_config": tower_config(speech),
         "decoder_config": decoder,
     }
@@ -248,14 +266,22 @@ def config_of(clvp: Mapping[str, Any], speech_lm: Mapping[str, Any]) -> dict[str
 
 def tower_config(tower: Mapping[str, Any]) -> dict[str, Any]:
     """A tower's settings as transformers names them."""
-    return {
-        "model_type": "clvp_encoder",
-        "vocab_size": tower["vocab_size"],
-        "hidden_size": tower["dim"],
-        "num_hidden_layers": tower["depth"],
-        "num_attention_heads": tower["num_heads"],
-        "intermediate_size": tower["ff_dim"],
-        "projection_dim": tower["joint_dim"],
-        "dropout": tower["dropout"],
-        "attention_dropout": tower["dropout"],
+    config = to_theirs(TOWER_SETTINGS, tower)
+    return {"model_type": "clvp_encoder", **config, "attention_dropout": tower["dropout"]}
+
+
+def preprocessor_config(mel: Mapping[str, Any]) -> dict[str, Any]:
+    """The `preprocessor_config.json` of a front end.
+
+    Raises:
+        InputError: one that transformers does not have.
+    """
+    seconds, rest = divmod(mel["reference_samples"], mel["sample_rate"])
+    if rest or any(mel[key] != value for key, value in MEL_RANGE.items()):
+        raise InputError("mel: transformers has whole seconds of reference and bins from 0 to 8000 Hz alone")
+    norms = mel["norms"] and list(mel["norms"])
+    return to_theirs(PREPROCESSOR_SETTINGS, mel) | {
+        "feature_extractor_type": "ClvpFeatureExtractor",
+        "mel_norms": norms,
+        "default_audio_length": seconds,
     }

@@ -11,9 +11,10 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm_audio.convert import clap, diffusers, hifigan
+from ldm_audio.convert import clap, clvp, diffusers, hifigan
 from ldm_audio.convert.folders import PIPELINES
 from ldm_audio.convert.rules import Rule, invert_rules
+from ldm_audio.data.speech_tokenizer import SpeechTokenizer
 from ldm_audio.data.tokenizers import Tokenizer
 from ldm_audio.files import replacing, write_json
 
@@ -28,8 +29,13 @@ State = Mapping[str, Tensor]
 def write_network(
     folder: Path, file: str, config: Mapping[str, Any], rules: list[Rule], state: State
 ) -> None:
+    """A network's folder from its state and table."""
+    write_tensors(folder, file, config, invert_rules(rules, state))
+
+
+def write_tensors(folder: Path, file: str, config: Mapping[str, Any], tensors: State) -> None:
     """`config.json` and the weights beside it."""
-    tensors = {n: t.detach().cpu().contiguous() for n, t in invert_rules(rules, state).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_json(folder / "config.json", config)
     with replacing(folder / file) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
@@ -72,6 +78,27 @@ def export_clap(
         write_json(folder / "preprocessor_config.json", clap.preprocessor_config(recipe["front_end"]))
     if tokenizer is not None:
         export_tokenizer(folder, tokenizer)
+
+
+def export_clvp(
+    folder: Path,
+    system: Mapping[str, Any],
+    networks: Mapping[str, tuple[dict, State]],
+    tokenizer: SpeechTokenizer,
+) -> None:
+    """transformers' ClvpModelForConditionalGeneration with processor; the text head is left behind.
+
+    networks: by part, the recipe and the state of `clvp` and `speech_lm`.
+    """
+    (ranker, ranker_state), (speech_lm, speech_lm_state) = networks["clvp"], networks["speech_lm"]
+    config = clvp.config_of(ranker, speech_lm, ending=system["ending"] or clvp.RELEASED_ENDING)
+    kept = {name: tensor for name, tensor in speech_lm_state.items() if not name.startswith("text_head.")}
+    tensors = invert_rules(clvp.clvp_rules(ranker), ranker_state)
+    tensors |= invert_rules(clvp.speech_lm_rules(), kept)
+    write_tensors(folder, TRANSFORMERS_FILE, config, tensors)
+    write_json(folder / "preprocessor_config.json", clvp.preprocessor_config(system["mel"]))
+    tokenizer.save_vocabulary(folder)
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "ClvpTokenizer"})
 
 
 def export_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_audio.convert import audioldm, clap, diffusers, hifigan
+from ldm_audio.convert import audioldm, clap, clvp, diffusers, hifigan
 from ldm_audio.convert.parts import UNET, VAE, VOCODER, Part, Source, located, mel_settings
 from ldm_audio.convert.rules import Rule
 from ldm_audio.convert.stored import Tensors, open_folder, read_json
@@ -136,6 +136,34 @@ def clap_folder(folder: Path, config: dict, tensors: Tensors) -> Source:
     )
 
 
+def clvp_folder(folder: Path, config: dict, tensors: Tensors) -> Source:
+    """transformers' ClvpModelForConditionalGeneration: two networks and what makes a system of them."""
+    recipes = clvp.recipes_of(config)
+    names = [name for name in tensors if name.startswith(clvp.SPEECH_LM_PREFIXES)]
+    speech_lm = tensors.chosen({name: name for name in names})
+    parts = {
+        "speech_lm": Part(recipes["speech_lm"], clvp.speech_lm_rules(), speech_lm, str(folder)),
+        "clvp": Part(
+            recipes["clvp"],
+            clvp.clvp_rules(recipes["clvp"]),
+            tensors.without(*clvp.SPEECH_LM_PREFIXES),
+            str(folder),
+        ),
+    }
+    system = {"pipeline": "text_to_speech_tokens"} | clvp.system_of(config, preprocessor(folder))
+    cautions = []
+    if system["mel"]["norms"] is None:
+        cautions.append(f"{folder}: its front end has no mel_norms, as released models need")
+    return Source(
+        kind="transformers CLVP",
+        parts=parts,
+        system=system,
+        tokenizer=vocabulary(folder),
+        notes=["no text head: speech_lm predicts speech alone"],
+        cautions=cautions,
+    )
+
+
 def roberta_folder(folder: Path, config: dict, tensors: Tensors) -> Source:
     """A RoBERTa trained on text, to start a CLAP's text tower from; its language-model head is dropped."""
     tower = clap.roberta_tower(config)
@@ -195,5 +223,6 @@ KINDS: dict[str, Reader] = {
     "AutoencoderKL": vae_folder,
     "speecht5_hifigan": vocoder_folder,
     **dict.fromkeys(CLAP_KINDS, clap_folder),
+    "clvp": clvp_folder,
     "roberta": roberta_folder,
 }

@@ -1,4 +1,4 @@
-"""Original checkpoints: AudioLDM's and MusicLDM's, LAION's CLAP, HTSAT's, the VAE's and HiFi-GAN's own.
+"""Original checkpoints: AudioLDM's and MusicLDM's, LAION's CLAP, HTSAT's, VAE's, HiFi-GAN's, TorToise's.
 
 None of them says what it is: kinds are told apart by names that only one of them has, sizes are read off the
 shapes, and what neither tells is as released.
@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ldm_audio.convert import audioldm, clap, hifigan, laion
+from ldm_audio.convert import audioldm, clap, hifigan, laion, tortoise
 from ldm_audio.convert.parts import SCHEDULE, UNET, VAE, VOCODER, Part, Source, located, mel_settings
 from ldm_audio.convert.rules import drop, few, plan
 from ldm_audio.convert.stored import Tensors, read_json, state_dict
@@ -45,11 +45,30 @@ def recognise(state: Tensors, origin: str, *, ema: bool) -> Source:
         return laion_clap(state, origin)
     if "encoder.conv_in.weight" in state and "post_quant_conv.weight" in state:
         return vae_file(state, origin)
+    if found := tortoise_part(state, origin):
+        return found
     if any(name.endswith(("conv_pre.weight", "conv_pre.weight_v")) for name in state):
         return generator_file(Path(origin), state)
     raise InputError(
         f"{origin}: no kind of weights that is known here; its {len(state)} tensors begin {few(state)}"
     )
+
+
+def tortoise_part(state: Tensors, origin: str) -> Source | None:
+    """One of TorToise's files, or None."""
+    if tortoise.is_speech_lm(state):
+        recipe = sizes(tortoise.speech_lm_recipe, state, origin)
+        rules, name = tortoise.speech_lm_rules(num_heads=recipe["num_heads"]), "speech_lm"
+    elif tortoise.is_clvp(state):
+        recipe = sizes(tortoise.clvp_recipe, state, origin)
+        rules, name = tortoise.clvp_rules(depth=recipe["text_tower"]["depth"]), "clvp"
+    elif tortoise.is_dvae(state):
+        recipe = sizes(tortoise.dvae_recipe, state, origin)
+        blocks = {key: recipe[key] for key in ("num_levels", "num_res_blocks")}
+        rules, name = tortoise.dvae_rules(**blocks), "dvae"
+    else:
+        return None
+    return Source(kind=f"TorToise's {name}", parts={name: Part(recipe, rules, state, origin)})
 
 
 def whole_checkpoint(state: Tensors, origin: str, *, ema: bool) -> Source:

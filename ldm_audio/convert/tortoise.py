@@ -7,7 +7,7 @@ Dropped: the causal masks that old GPT-2 files hold, the rotary frequencies.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from ldm_audio.convert.clvp import (
     transpose,
 )
 from ldm_audio.convert.rules import Rule, cat_rows, drop, prefixed, split_rows
-from ldm_audio.convert.shapes import count
+from ldm_audio.convert.shapes import Shapes, count, shape_of
 from ldm_audio.errors import InputError
 from ldm_audio.models.clvp import inverse_frequencies
 
@@ -34,8 +34,6 @@ DVAE_TARGET = "ldm_audio.models.dvae.DVAE"
 
 HEAD_DIM = 64
 CODEBOOK_DECAY = 0.99
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def as_matrix(weight: Tensor) -> Tensor:
@@ -226,8 +224,16 @@ def heads_of(dim: int) -> int:
     return dim // HEAD_DIM
 
 
-def shape_of(shapes: Shapes, name: str) -> tuple[int, ...]:
-    """The shape of `name`; InputError where there is none."""
-    if name not in shapes:
-        raise InputError(f"no tensor named {name}: not one of TorToise's files as released")
-    return shapes[name]
+def is_speech_lm(names: Collection[str]) -> bool:
+    """Whether these are the tensors of `autoregressive.pth`."""
+    return "mel_pos_embedding.emb.weight" in names
+
+
+def is_clvp(names: Collection[str]) -> bool:
+    """Whether these are the tensors of `clvp2.pth`."""
+    return "to_speech_latent.weight" in names and "temperature" in names
+
+
+def is_dvae(names: Collection[str]) -> bool:
+    """Whether these are the tensors of `dvae.pth`."""
+    return "codebook.embed" in names

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ldm_audio.convert import clap, diffusers, hifigan
+from ldm_audio.convert import clap, clvp, diffusers, hifigan
 from ldm_audio.convert.settings import (
     COUNT,
     FLAG,
@@ -34,6 +34,10 @@ TABLES = {
     "front end": clap.FRONT_END_SETTINGS,
     "vocoder": hifigan.SPEECHT5_SETTINGS,
     "generator": hifigan.GENERATOR_SETTINGS,
+    "clvp tower": clvp.TOWER_SETTINGS,
+    "clvp text": clvp.TEXT_SETTINGS,
+    "clvp decoder": clvp.DECODER_SETTINGS,
+    "clvp front end": clvp.PREPROCESSOR_SETTINGS,
 }
 
 

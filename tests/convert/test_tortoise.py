@@ -75,7 +75,7 @@ def test_transformers_clvp_converts_strictly_at_full_size(speech_vocab, total):
     recipes = clvp.recipes_of({"speech_config": {"vocab_size": speech_vocab}})
     speech_lm = {k: v for k, v in state.items() if k.startswith(clvp.SPEECH_LM_PREFIXES)}
     ranker = {k: v for k, v in state.items() if k not in speech_lm}
-    rules = clvp.clvp_rules(text_rotary_dim=32, speech_rotary_dim=32)
+    rules = clvp.clvp_rules(recipes["clvp"])
     parts = [
         Part(recipes["speech_lm"], clvp.speech_lm_rules(), Tensors.of(speech_lm), "a folder"),
         Part(recipes["clvp"], rules, Tensors.of(ranker), "a folder"),
@@ -86,7 +86,7 @@ def test_transformers_clvp_converts_strictly_at_full_size(speech_vocab, total):
 def test_transformers_weights_come_back_bit_for_bit():
     peer = toys.theirs().state_dict()
     ranker, speech_lm = toys.clvp_from(peer), toys.speech_lm_from(peer)
-    rules = clvp.clvp_rules(text_rotary_dim=32, speech_rotary_dim=32)
+    rules = clvp.clvp_rules(toys.CLVP_RECIPE)
     back = invert_rules(rules, ranker.state_dict())
     back |= invert_rules(clvp.speech_lm_rules(), speech_lm.state_dict())
     assert back.keys() == peer.keys()
@@ -152,7 +152,7 @@ def test_the_original_attention_sorts_its_rows_by_head():
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"text_config": {"summary_type": "last"}}, "text_config.summary_type='last': only 'mean'"),
+        ({"text_config": {"summary_type": "last"}}, "text_config.summary_type='last': expected 'mean'"),
         ({"decoder_config": {"activation_function": "relu"}}, "decoder_config.activation_function='relu'"),
         ({"decoder_config": {"eos_token_id": 5}}, "start and stop are not the last two tokens"),
     ],
@@ -166,7 +166,7 @@ def test_sizes_without_an_equal_are_refused():
     turned = {**toys.CLVP_RECIPE, "speech_tower": {**toys.TOWER, "rotary_dim": 64}}
     with pytest.raises(InputError, match=r"speech_tower\.rotary_dim=64"):
         clvp.config_of(turned, toys.SPEECH_LM_RECIPE)
-    with pytest.raises(InputError, match=r"no tensor named text_emb\.weight: not one of TorToise's files"):
+    with pytest.raises(InputError, match=r"no tensor named text_emb\.weight"):
         tortoise.clvp_recipe({})
     with pytest.raises(InputError, match="width 66: expected a multiple of 64"):
         tortoise.heads_of(66)
