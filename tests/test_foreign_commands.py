@@ -118,7 +118,7 @@ def test_training_begins_with_a_checkpoints_networks_average_and_scale(checkpoin
         f"tokenizer.path={tmp_path / 'words'}", "conditioning=text", "audio.n_mels=16", f"runs={tmp_path}",
         "optimizer.lr=0",
     )  # fmt: skip
-    assert command("train.py", *settings, f"init={checkpoint}", "run=fine", "trainer.max_steps=2") == 0
+    assert command("train.py", *settings, f"init={checkpoint}", "run=fine", "trainer.max_steps=1") == 0
     state = load_checkpoint(tmp_path / "fine" / "checkpoints" / "last.pt")
     assert state["objective"]["latent_scale"] == foreign.LATENT_SCALE
     for name, tensor in foreign.networks()["unet"].state_dict().items():
