@@ -28,6 +28,11 @@ def main() -> None:
     enc = commands.add_parser("encode", help="write VAE latents and CLAP embeddings of a data set once")
     enc.add_argument("overrides", nargs="*", help="key=value: data=, vae.path=, clap.path=, out=")
 
+    pairs = commands.add_parser(
+        "retrieve", help="how well a CLAP finds the text of a sound and the sound of a text"
+    )
+    pairs.add_argument("overrides", nargs="*", help="key=value: data=, data.path=, clap.path=, split=, out=")
+
     beats = commands.add_parser("beats", help="find the beats, downbeats and tempo of every recording")
     beats.add_argument("folder", help="with audio files, in subfolders too")
     beats.add_argument("--tracker", choices=("librosa", "beat_this", "files"), default="librosa")
@@ -61,6 +66,10 @@ def main() -> None:
         from ldm_audio.config import encode_data
 
         encode_data(args.overrides)
+    if args.command == "retrieve":
+        from ldm_audio.config import retrieve
+
+        retrieve(args.overrides)
     if args.command == "beats":
         find_beats(args)
     if args.command in ("convert", "inspect", "export"):

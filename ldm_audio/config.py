@@ -15,9 +15,12 @@ from omegaconf.errors import InterpolationResolutionError
 from tqdm import tqdm
 
 from ldm_audio import pretrained
+from ldm_audio.audio.io import resample_sinc
 from ldm_audio.data.loader import StepBatches, make_loader, sequential_batches
+from ldm_audio.data.tokenizers import load_tokenizer
 from ldm_audio.errors import InputError
-from ldm_audio.files import write_text
+from ldm_audio.evaluation.retrieval import retrieval
+from ldm_audio.files import write_json, write_text
 from ldm_audio.objectives.base import Objective
 from ldm_audio.pipelines.encode import encode, state_hash
 
@@ -259,3 +262,24 @@ def encode_data(overrides: Sequence[str]) -> None:
         with tqdm(total=len(data), desc=f"encode {split}", unit="clip", dynamic_ncols=True) as bar:
             folder = Path(cfg.out) / split
             encode(batches, folder, **parts, shard_items=cfg.shard_items, progress=bar.update)
+
+
+@torch.inference_mode()
+def retrieve(overrides: Sequence[str]) -> None:
+    """`ldm-audio retrieve`: composes `configs/retrieve.yaml`, prints the retrieval numbers of one split."""
+    with initialize_config_dir(str(checkout() / "configs"), version_base="1.3"):
+        cfg = compose("retrieve", overrides=list(overrides))
+    require(cfg)
+    if cfg.split not in ("train", "val"):
+        raise InputError(f"split={cfg.split}: expected train or val")
+    clap, tokenizer = instantiate(cfg.clap), load_tokenizer(cfg.clap.path)
+    data = instantiate(cfg.data[cfg.split])
+    audio, text = [], []
+    for batch in make_loader(data, sequential_batches(len(data), cfg.batch_size, len(data)), num_workers=0):
+        waveform = resample_sinc(batch["waveform"], cfg.audio.sample_rate, clap.front_end.sample_rate)
+        audio.append(clap.embed_audio(waveform))
+        text.append(clap.embed_text(*tokenizer(batch["caption"])))
+    found = retrieval(torch.cat(audio), torch.cat(text), permutations=cfg.permutations, seed=cfg.seed)
+    print("\n".join([f"pairs {len(data)}", *(f"{name} {value:.4g}" for name, value in found.items())]))
+    if cfg.out:
+        write_json(cfg.out, {"pairs": len(data)} | found)

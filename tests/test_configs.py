@@ -15,7 +15,7 @@ from ldm_audio.config import build_objective, missing_keys, plain, require
 from ldm_audio.objectives.base import check_players
 
 CONFIGS = Path(ldm_audio.__file__).parents[1] / "configs"
-TOP = ("train", "sample", "encode")
+TOP = ("train", "sample", "encode", "retrieve")
 EXTRAS = ("experiment", "debug")  # chosen on top of everything else
 INSTEAD_OF_FILES = {
     "vae": "vae/mel64",
@@ -54,12 +54,14 @@ def combinations(top: str, *overrides: str) -> list[tuple[str, ...]]:
             row["data"] = "synthetic"  # latents train nothing but a latent network
         if top == "encode":
             row |= {"vae": "file", "clap": "file"}  # encoding takes trained networks
+        if top == "retrieve":
+            row["clap"] = "file"
         rows.append((top, *overrides, *(f"{group}={name}" for group, name in row.items())))
     return rows
 
 
 COMBINATIONS = [row for name in options("objective") for row in combinations("train", f"objective={name}")]
-COMBINATIONS += [row for top in ("sample", "encode") for row in combinations(top)]
+COMBINATIONS += [row for top in TOP[1:] for row in combinations(top)]
 COMBINATIONS += [("train", f"{group}={name}") for group in EXTRAS for name in options(group)]
 TRAINING = [("train", f"objective={name}") for name in options("objective")]
 TRAINING += [("train", f"experiment={name}") for name in options("experiment")]

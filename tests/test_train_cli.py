@@ -173,6 +173,14 @@ def test_latents_hold_both_splits_and_say_who_made_them(runs):
     assert train.encoders["vae"] == val.encoders["vae"] == state_hash(vae)
 
 
+def test_retrieval_of_a_trained_clap_is_printed_and_written(runs, command, tmp_path, capsys):
+    arguments = (*SHORT_CLIPS, f"clap.path={runs}/clap/weights/clap.safetensors", "permutations=9")
+    assert command("ldm_audio.cli", "retrieve", *arguments, f"out={tmp_path}/found.json") == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["pairs"] == 2 and 0.1 <= found["p"] <= 1
+    assert "text_of_audio/recall_at_1" in capsys.readouterr().out
+
+
 def test_more_steps_continue_the_run_and_the_same_command_says_it_is_finished(command, tmp_path, capsys):
     run = (*VAE_RUN, "lr_schedule=warmup_cosine", f"runs={tmp_path}")
     assert command("train.py", *run) == 0

@@ -37,7 +37,7 @@ NOTHING = "none"  # the kind of a silent or broken clip
 # Each lies between what clips of the two sides measure, rendered and through a log-mel and back.
 SILENCE = 1e-4  # peak
 BEAT_BURST = 0.03  # of the loudest power: the burst in the second loudest register
-TONE_BANDS = 4.0  # effective number of mel bands
+TONE_BANDS = 10.0  # effective number of mel bands
 PULSE_DEPTH = 0.5  # swing between on (1) and off (0) over its mean
 FADE_DROP = 10.0  # dB
 GLIDE = 4.5  # mel bands over the clip; above 1 kHz fifteen make an octave

@@ -1,14 +1,16 @@
 """Captioned sounds whose attributes can be measured back from the waveform (see `measure.py`).
 
-A small world of two kinds of clips that needs no download and no learned judge. A *sound* is one tone or one
-band of noise in one of three registers, steady, pulsing or fading, level or gliding; a *beat* is a drum-like
-pulse train whose beats and downbeats are known exactly. `ATTRIBUTES` is the whole table. A clip's attributes
-say what is fixed; everything else (exact frequency and width, phases, pulse length, decay, level) is drawn.
+A small world of two kinds of clips that needs no download and no learned judge. A *sound* is one tone with a
+fast vibrato or one band of noise in one of three registers, steady, pulsing or fading, level or gliding; a
+*beat* is a drum-like pulse train whose beats and downbeats are known exactly. `ATTRIBUTES` is the whole
+table. A clip's attributes say what is fixed; everything else (exact frequency and width, phases, lengths,
+decay, level) is drawn.
 
-The world keeps clear of what a small vocoder with a hop of 10 ms blurs: level tones lie on multiples of
-100 Hz, only noise in the upper registers glides, pulses leave gaps of at least 75 ms, and the registers do
-not touch (up to 480 Hz, 740 to 2160 Hz, 2.8 to 7.5 kHz). Any length renders; the slowest metre can be heard
-in 2.5 s.
+The world keeps clear of what a small vocoder with a hop of 10 ms blurs. It answers a constant mel with the
+harmonics of 100 Hz, and a log-mel distance lets it keep silent about what is narrower than a few mel bands:
+so a tone swings over about six, noise fills a whole register, there is none in the low one, pulses leave gaps
+of at least 75 ms, and the registers do not touch (up to 510 Hz, 690 to 2400 Hz, 2.8 to 7.7 kHz). Any length
+renders; the slowest metre can be heard in 2.5 s.
 
 Axes: s samples.
 """
@@ -40,7 +42,7 @@ ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
         "motion": ("level", "rising", "falling"),
     },
     "beat": {
-        "tempo": ("100", "130", "170"),  # beats a minute, each a factor of 1.3 from the next
+        "tempo": ("100", "130", "170"),  # beats a minute; no bar of one lasts as long as a beat of another
         "metre": ("two", "three"),  # beats from one downbeat to the next
         "drum": ("clap", "hat"),  # what sounds on the other beats
     },
@@ -50,27 +52,29 @@ BEATS_PER_BAR = {"two": 2, "three": 3}
 SPLITS: tuple[Split, ...] = ("train", "val", "held_out", "all")
 HELD_OUT_FRACTION = 0.25
 MIN_SAMPLE_RATE = 16000
-BACKGROUND = 5e-4  # white noise about 60 dB below the peak: recordings have some, digital silence is odd
+BACKGROUND = 2e-3  # white noise about 48 dB below the peak: recordings have some, digital silence is odd
 EDGE = 0.03  # seconds over which a clip fades in and out
-HOP_HZ = 100.0  # level tones lie on its multiples: the period of a vocoder's 10 ms hop
+VIBRATO = 0.13  # of the frequency to each side, of `VIBRATO_FROM` below that: three mel bands
+VIBRATO_FROM = 950.0  # Hz
 
 
 # --- combinations ------------------------------------------------------------------------------------------
 
 
 def combinations() -> list[Attributes]:
-    """Every valid combination, kind after kind; low sounds and tones are level only."""
+    """Every valid combination, kind after kind; low sounds are level tones, and noise does not glide."""
     every = [
         {"kind": kind, **dict(zip(table, values))}
         for kind, table in ATTRIBUTES.items()
         for values in product(*table.values())
     ]
-    glides = {("middle", "noise"), ("high", "noise")}
-    return [
-        row
-        for row in every
-        if row.get("motion", "level") == "level" or (row["register"], row["texture"]) in glides
-    ]
+    return [row for row in every if row["kind"] == "beat" or _is_valid(row)]
+
+
+def _is_valid(sound: Attributes) -> bool:
+    if sound["texture"] == "noise":
+        return sound["register"] != "low" and sound["motion"] == "level"
+    return sound["register"] != "low" or sound["motion"] == "level"
 
 
 def pairs(attributes: Attributes) -> set[tuple[tuple[str, str], ...]]:
@@ -268,54 +272,47 @@ def _render_sound(
 ) -> Clip:
     duration = num_samples / sample_rate
     time = np.arange(num_samples) / sample_rate
-    noise = attributes["texture"] == "noise"
-    start, end, width = _frequencies(attributes, rng)
-
-    if start == end:
-        cycles = start * time
-    else:  # the frequency runs from start to end evenly in octaves
-        rate = np.log(end / start) / duration
-        cycles = start / rate * np.expm1(rate * time)
-    cycles += rng.random()
-
-    if noise:
-        band = _baseband_noise(rng, width, sample_rate, num_samples)
-        waveform = band.real * _cos(cycles) + band.imag * _cos(cycles - 0.25)
+    if attributes["texture"] == "noise":
+        waveform = _noise_band(attributes["register"], rng, sample_rate, num_samples)
     else:
-        waveform = _cos(cycles)
+        start, end = _frequencies(attributes, rng)
+        frequency = start * (end / start) ** (time / duration)  # from start to end evenly in octaves
+        swing = rng.uniform(35, 45) * time + rng.random()  # in cycles
+        swing = 4 * np.abs(swing - np.round(swing)) - 1  # a triangle from -1 to 1: no frequency is dwelt upon
+        frequency += VIBRATO * np.maximum(frequency, VIBRATO_FROM) * swing
+        waveform = _cos(np.cumsum(frequency) / sample_rate + rng.random())
     return Clip(waveform * _gain(attributes["envelope"], rng, time, duration), [], [])
 
 
-def _frequencies(attributes: Attributes, rng: np.random.Generator) -> tuple[float, float, float]:
-    """(frequency at the start, at the end, width of a noise) in Hz. Of 64 mel bands up to
-    8 kHz a noise fills six to ten, a tone two."""
-    register, motion = attributes["register"], attributes["motion"]
-    noise = attributes["texture"] == "noise"
-    if register == "low":
-        center = rng.uniform(270, 310) if noise else HOP_HZ * rng.integers(2, 5)
-        return center, center, rng.uniform(270, 340)
-
-    bottom, top, widths = {
-        "middle": ((1000, 1080), (1750, 1900), (420, 520)),
-        "high": ((3850, 4050), (6150, 6400), (1600, 2000)),
-    }[register]
-    width = rng.uniform(*widths)
+def _frequencies(attributes: Attributes, rng: np.random.Generator) -> tuple[float, float]:
+    """(frequency at the start, at the end) of a tone in Hz."""
+    if attributes["register"] == "low":
+        center = rng.uniform(230, 380)
+        return center, center
+    bottom, top = {
+        "middle": ((880, 950), (1850, 2000)),
+        "high": ((3350, 3550), (6300, 6550)),
+    }[attributes["register"]]
     low, high = rng.uniform(*bottom), rng.uniform(*top)
-    if motion == "level":
-        center = rng.uniform(low, high)
-        center = center if noise else HOP_HZ * round(center / HOP_HZ)
-        return center, center, width
-    return (low, high, width) if motion == "rising" else (high, low, width)
+    if attributes["motion"] == "level":
+        center = low * (high / low) ** rng.random()
+        return center, center
+    return (low, high) if attributes["motion"] == "rising" else (high, low)
 
 
-def _baseband_noise(rng: np.random.Generator, width: float, sample_rate: int, num_samples: int) -> np.ndarray:
-    """complex64 (s,) flat Gaussian noise from -width / 2 to width / 2 Hz, to be shifted by a carrier."""
-    half = max(int(width / 2 * num_samples / sample_rate), 1)
-    spectrum = np.zeros(num_samples, np.complex64)
-    values = rng.standard_normal((2, 2 * half), dtype=np.float32)
-    values = values[0] + 1j * values[1]
-    spectrum[:half], spectrum[-half:] = values[:half], values[half:]
-    return np.fft.ifft(spectrum)
+def _noise_band(register: str, rng: np.random.Generator, sample_rate: int, num_samples: int) -> np.ndarray:
+    """float32 (s,) flat Gaussian noise over most of a register."""
+    bottom, top = {
+        "middle": ((690, 740), (2250, 2400)),
+        "high": ((2800, 2950), (7400, 7700)),
+    }[register]
+    edges = np.array([rng.uniform(*bottom), rng.uniform(*top)]) * num_samples / sample_rate
+    start, stop = edges.astype(int)
+    stop = max(stop, start + 1)
+    spectrum = np.zeros(num_samples // 2 + 1, np.complex64)
+    values = rng.standard_normal((2, stop - start), dtype=np.float32)
+    spectrum[start:stop] = values[0] + 1j * values[1]
+    return np.fft.irfft(spectrum, num_samples)
 
 
 def _gain(envelope: str, rng: np.random.Generator, time: np.ndarray, duration: float) -> np.ndarray | float:
@@ -338,17 +335,16 @@ def _render_beat(
 ) -> Clip:
     period = 60.0 / float(attributes["tempo"])
     per_bar = BEATS_PER_BAR[attributes["metre"]]
-    first = rng.uniform(0.03, min(period, 0.5))  # four beats of the slowest tempo fit 2.56 s
+    first = rng.uniform(0.03, 0.08)  # as a loop is cut: shortly before a bar
     times = np.arange(first, num_samples / sample_rate, period)
-    downbeat = int(rng.integers(per_bar))  # the bar may begin anywhere
 
     drums = {True: _kick(rng, sample_rate), False: _tick(attributes["drum"], rng, sample_rate)}
     waveform = np.zeros(num_samples, np.float32)
     for index, beat in enumerate(times):
         begin = round(beat * sample_rate)
-        piece = drums[index % per_bar == downbeat][: num_samples - begin]
+        piece = drums[index % per_bar == 0][: num_samples - begin]
         waveform[begin : begin + len(piece)] += piece
-    return Clip(waveform, times.tolist(), times[downbeat::per_bar].tolist())
+    return Clip(waveform, times.tolist(), times[::per_bar].tolist())
 
 
 def _kick(rng: np.random.Generator, sample_rate: int) -> np.ndarray:
@@ -377,7 +373,8 @@ def _struck(waveform: np.ndarray, time: np.ndarray, decay: float) -> np.ndarray:
 
 
 class Synthetic:
-    """`size` clips of a split. The index fixes attributes and caption, the epoch varies how they sound.
+    """`size` clips of a split, each combination equally often, or twice as often where its kind is named twice.
+    The index fixes attributes and caption, the epoch varies how they sound.
 
     Items hold `waveform` float32 (s,), `caption`, `attributes` (a JSON object as a string), `beats` and
     `downbeats` (lists of seconds) and `tempo` (beats a minute; 0 and empty lists for a sound).
@@ -408,7 +405,7 @@ class Synthetic:
         self.num_samples = num_samples
         self.size = size
         self.key = (seed, SPLITS.index(split))
-        self.rows = [row for row in rows if row["kind"] in kinds]
+        self.rows = [row for kind in kinds for row in rows if row["kind"] == kind]
 
     def __len__(self) -> int:
         return self.size
@@ -439,5 +436,5 @@ class Synthetic:
         if not 0 <= index < self.size:
             raise IndexError(f"clip {index} of {self.size}")
         rng = np.random.default_rng([*self.key, 0, index])
-        attributes = self.rows[int(rng.integers(len(self.rows)))]
+        attributes = _pick(rng, self.rows)
         return dict(attributes), caption(attributes, rng)

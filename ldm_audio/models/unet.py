@@ -135,6 +135,8 @@ class UNet(nn.Module):
         time_dim = 4 * channels
         self.time_embed = TimeEmbedding(dim=channels, out_dim=time_dim)
         self.embed_proj = None if embed_dim is None else nn.Linear(embed_dim, time_dim)
+        if self.embed_proj is not None:
+            nn.init.normal_(self.embed_proj.weight)  # unit-length embeds, so outputs of unit variance
         condition_dim = 2 * time_dim if embed_dim is not None and embed_mode == "concat" else time_dim
 
         res_block = partial(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ldm_audio.audio.mel import LogMel, mel_filterbank
-from ldm_audio.data.measure import NOTHING, chance, measure, score
+from ldm_audio.data.measure import NOTHING, band_power, chance, measure, score
 from ldm_audio.data.synthetic import (
     ATTRIBUTES,
     BEATS_PER_BAR,
@@ -125,10 +125,11 @@ def test_every_pair_of_values_is_trained():
 
 
 @pytest.mark.parametrize("kind", ATTRIBUTES)
-def test_every_value_is_held_out_somewhere(kind):
+def test_every_value_is_held_out_somewhere_but_the_low_register(kind):
+    """Of each pair with "low" there is one combination, and that one is trained."""
     held = [row for row in split_combinations("held_out") if row["kind"] == kind]
     for name, values in ATTRIBUTES[kind].items():
-        assert {row[name] for row in held} == set(values)
+        assert {row[name] for row in held} == set(values) - {"low"}
 
 
 def test_held_out_combinations_are_the_same_on_every_machine():
@@ -228,12 +229,12 @@ def test_waveforms_keep_clear_of_clipping():
         assert 0.39 < np.abs(waveform).max() < 0.61
 
 
-def test_level_tones_lie_on_multiples_of_100_hz():
-    rng = np.random.default_rng(4)
-    for register in ATTRIBUTES["sound"]["register"]:
-        row = {"kind": "sound", "register": register, "texture": "tone", "envelope": "steady"}
-        waveform = render(row | {"motion": "level"}, rng, sample_rate=16000, num_samples=16000)
-        assert np.abs(np.fft.rfft(waveform)).argmax() % 100 == 0  # bins of 1 Hz
+@pytest.mark.parametrize("register", ATTRIBUTES["sound"]["register"])
+def test_a_tone_swings_over_about_six_mel_bands(register):
+    row = {"kind": "sound", "register": register, "texture": "tone", "envelope": "steady", "motion": "level"}
+    waveform = render(row, np.random.default_rng(4), sample_rate=SAMPLE_RATE, num_samples=NUM_SAMPLES)
+    power = band_power(waveform, SAMPLE_RATE).mean(0)
+    assert 5 < power.sum() ** 2 / (power**2).sum() < 7
 
 
 def test_beats_are_where_they_are_said_to_be():
