@@ -373,8 +373,9 @@ def _struck(waveform: np.ndarray, time: np.ndarray, decay: float) -> np.ndarray:
 
 
 class Synthetic:
-    """`size` clips of a split, each combination equally often, or twice as often if its kind is named twice. The
-    index fixes attributes and caption, the epoch varies how they sound.
+    """`size` clips of a split, each combination equally often, or twice as often if its kind is named twice.
+
+    The index fixes attributes and caption, the epoch varies how they sound.
 
     Items hold `waveform` float32 (s,), `caption`, `attributes` (a JSON object as a string), `beats` and
     `downbeats` (lists of seconds) and `tempo` (beats a minute; 0 and empty lists for a sound).
