@@ -33,7 +33,7 @@ def make_systems(folder: Path) -> None:
     import torch
     import transformers
 
-    from ldm_audio import pretrained
+    from ldm_audio import exchange
     from ldm_audio.data.tokenizers import train_bpe
 
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def make_systems(folder: Path) -> None:
     )  # fmt: skip
     pipeline.save_pretrained(folder / "theirs")
     words.save(folder / "tokenizer.json")
-    pretrained.convert(folder / "theirs", folder / "ours", tokenizer=str(folder / "tokenizer.json"))
+    exchange.convert(folder / "theirs", folder / "ours", tokenizer=str(folder / "tokenizer.json"))
 
 
 def load_theirs(folder: Path, device: str):

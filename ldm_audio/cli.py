@@ -107,16 +107,16 @@ def find_beats(args: argparse.Namespace) -> None:
 
 def weights(args: argparse.Namespace) -> None:
     """The commands about weights files."""
-    from ldm_audio import pretrained
+    from ldm_audio import exchange
 
     if args.command == "export":
-        pretrained.export(args.source, args.out, to=args.to)
+        exchange.export(args.source, args.out, to=args.to)
     if args.command == "inspect":
         options = read_options(args.options, keys=("heads",), words=("ema", "raw", "rules"))
-        print(*pretrained.inspect(args.source, **options), sep="\n")
+        print(*exchange.inspect(args.source, **options), sep="\n")
     if args.command == "convert":
         options = read_options(args.options, keys=("tokenizer", "heads", "licence"), words=("ema", "raw"))
-        source = pretrained.convert(args.source, args.out, **options)
+        source = exchange.convert(args.source, args.out, **options)
         print(f"{args.source}: {source.kind}", *source.notes, sep="\n  ")
         print(f"written to {args.out}")
 

@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "convert": LAYER_0 | {"models", "diffusion", "data"},
     "training": ALONE | {"distributed", "audio", "objectives.base"},
 }
-ON_TOP = {"config", "pretrained", "speech_system", "quickstart", "cli", "sampling"}  # may import anything
+# May import anything.
+ON_TOP = {"config", "exchange", "pretrained", "speech_system", "quickstart", "cli", "sampling"}
 HEAVY = (
     "wandb", "librosa", "tokenizers", "torchaudio", "matplotlib", "transformers", "diffusers", "tensorboard",
 )  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ldm_audio
-from ldm_audio import pretrained
+from ldm_audio import exchange, pretrained
 from ldm_audio.convert import hifigan, laion
 from ldm_audio.convert.rules import invert_rules
 from ldm_audio.convert.sources import local
@@ -84,7 +84,7 @@ def test_one_part_of_a_checkpoint_can_be_had_alone(checkpoint):
 @pytest.mark.parametrize("ema", [True, False])
 def test_a_converted_checkpoint_sounds_like_the_checkpoint(checkpoint, tmp_path, ema):
     words = checkpoint.parent / "words"
-    source = pretrained.convert(checkpoint, tmp_path / "ours", tokenizer=words, ema=ema)
+    source = exchange.convert(checkpoint, tmp_path / "ours", tokenizer=words, ema=ema)
     assert source.notes[0] == f"the UNet's {'averaged' if ema else 'raw'} weights"
     direct, converted = (
         ldm_audio.load(checkpoint, tokenizer=words, ema=ema),
@@ -99,7 +99,7 @@ def test_a_converted_checkpoint_sounds_like_the_checkpoint(checkpoint, tmp_path,
 
 
 def test_a_checkpoint_without_tokenizer_says_how_to_give_one(checkpoint, tmp_path):
-    for call in (ldm_audio.load, partial(pretrained.convert, out=tmp_path / "ours")):
+    for call in (ldm_audio.load, partial(exchange.convert, out=tmp_path / "ours")):
         with pytest.raises(InputError, match=r"audioldm-toy\.ckpt: holds no vocabulary; give tokenizer="):
             call(checkpoint)
     assert not (tmp_path / "ours").exists()
@@ -125,10 +125,10 @@ def test_training_leftovers_of_a_musicldm_checkpoint_are_dropped(checkpoint):
 
 def test_nothing_is_overwritten(checkpoint, tmp_path):
     words = checkpoint.parent / "words"
-    pretrained.convert(checkpoint, tmp_path / "ours", tokenizer=words)
+    exchange.convert(checkpoint, tmp_path / "ours", tokenizer=words)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "ours").iterdir()}
     with pytest.raises(InputError, match="exists already; choose another place"):
-        pretrained.convert(checkpoint, tmp_path / "ours", tokenizer=words)
+        exchange.convert(checkpoint, tmp_path / "ours", tokenizer=words)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "ours").iterdir()}
 
 
@@ -156,8 +156,8 @@ def test_the_round_trip_through_ours_is_exact(pipelines, tmp_path, name):
     import diffusers
 
     theirs, folder = pipelines[name]
-    pretrained.convert(folder, tmp_path / "ours")
-    pretrained.export(tmp_path / "ours", tmp_path / "back", to="diffusers")
+    exchange.convert(folder, tmp_path / "ours")
+    exchange.export(tmp_path / "ours", tmp_path / "back", to="diffusers")
     back = getattr(diffusers, name).from_pretrained(tmp_path / "back")
     for part in ("unet", "vae", "vocoder", "text_encoder"):
         # The vocoder's statistics are unused, and ours has none.
@@ -289,8 +289,8 @@ def test_transformers_clap_folders_embed_the_same_there_and_back(tmp_path, fused
         expected = theirs.get_audio_features(mel, is_longer=is_longer[:, None]).pooler_output
         assert (ours.embed_mel(mel, is_longer) - expected).abs().max() < 1e-5
 
-    pretrained.convert(tmp_path / "theirs", tmp_path / "ours")
-    pretrained.export(tmp_path / "ours" / "clap.safetensors", tmp_path / "back", to="transformers")
+    exchange.convert(tmp_path / "theirs", tmp_path / "ours")
+    exchange.export(tmp_path / "ours" / "clap.safetensors", tmp_path / "back", to="transformers")
     back = transformers.ClapModel.from_pretrained(tmp_path / "back")
     assert equal(back, theirs)
     extractor = transformers.ClapFeatureExtractor.from_pretrained(tmp_path / "back")
@@ -330,8 +330,8 @@ def test_halves_of_clap_load_alone_and_go_back(tmp_path, half):
         with pytest.raises(InputError, match="no text tower"):
             ours.embed_text(torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.bool))
     assert (embed - torch.nn.functional.normalize(expected, dim=-1)).abs().max() < 1e-5
-    pretrained.convert(tmp_path / "theirs", tmp_path / "clap.safetensors")
-    pretrained.export(tmp_path / "clap.safetensors", tmp_path / "back", to="transformers")
+    exchange.convert(tmp_path / "theirs", tmp_path / "clap.safetensors")
+    exchange.export(tmp_path / "clap.safetensors", tmp_path / "back", to="transformers")
     assert equal(getattr(transformers, kind).from_pretrained(tmp_path / "back"), theirs)
 
 
@@ -354,9 +354,9 @@ def test_laion_files_load_with_and_without_their_training_state(tmp_path):
 def test_a_laion_file_converts_with_its_tokenizer_beside_it(tmp_path):
     torch.save(foreign.laion_state(foreign.networks()["clap"]), tmp_path / "630k.pt")
     with pytest.raises(InputError, match="give tokenizer="):
-        pretrained.convert(tmp_path / "630k.pt", tmp_path / "clap.safetensors")
+        exchange.convert(tmp_path / "630k.pt", tmp_path / "clap.safetensors")
     words = foreign.save_tokenizer(tmp_path / "words")
-    pretrained.convert(tmp_path / "630k.pt", tmp_path / "ours" / "clap.safetensors", tokenizer=words)
+    exchange.convert(tmp_path / "630k.pt", tmp_path / "ours" / "clap.safetensors", tokenizer=words)
     assert equal(ldm_audio.load(tmp_path / "ours" / "clap.safetensors"), foreign.networks()["clap"])
     assert (tmp_path / "ours" / "tokenizer.json").exists()
 
@@ -403,7 +403,7 @@ def test_a_standalone_vae_and_the_vocoder_inside_it(tmp_path, monkeypatch):
     state |= foreign.with_prefix(parts["vocoder"].state_dict(), "vocoder.")
     torch.save({"state_dict": state}, tmp_path / "both.ckpt")
     assert equal(pretrained.load_network(tmp_path / "both.ckpt", part="vocoder"), parts["vocoder"])
-    pretrained.convert(tmp_path / "both.ckpt", tmp_path / "ours")
+    exchange.convert(tmp_path / "both.ckpt", tmp_path / "ours")
     assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == ["vae.safetensors", "vocoder.safetensors"]
 
 
@@ -425,8 +425,8 @@ def test_a_hifigan_generator_loads_by_the_json_beside_it(tmp_path, legacy):
     ours = ldm_audio.load(tmp_path / "g_00001")
     for name, tensor in ours.state_dict().items():
         assert (tensor - vocoder.state_dict()[name]).abs().max() < 1e-6
-    pretrained.convert(tmp_path / "g_00001", tmp_path / "vocoder.safetensors")
-    pretrained.export(tmp_path / "vocoder.safetensors", tmp_path / "back", to="transformers")
+    exchange.convert(tmp_path / "g_00001", tmp_path / "vocoder.safetensors")
+    exchange.export(tmp_path / "vocoder.safetensors", tmp_path / "back", to="transformers")
     back = ldm_audio.load(tmp_path / "back")
     assert equal(back, ours) and back.recipe == ours.recipe
     assert json.loads((tmp_path / "back" / "config.json").read_text())["sampling_rate"] == 16000
@@ -441,7 +441,7 @@ def test_a_collapsed_text_tower_is_warned_about(tmp_path):
         ldm_audio.load(tmp_path / "collapsed.pt")
     words = foreign.save_tokenizer(tmp_path / "words")
     with pytest.warns(UserWarning, match="nearly the same embedding"):
-        pretrained.convert(tmp_path / "collapsed.pt", tmp_path / "ours", tokenizer=words)
+        exchange.convert(tmp_path / "collapsed.pt", tmp_path / "ours", tokenizer=words)
     torch.save(foreign.laion_state(foreign.networks()["clap"]), tmp_path / "sound.pt")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

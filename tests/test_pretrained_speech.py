@@ -12,9 +12,10 @@ from ldm_audio.convert import tortoise
 from ldm_audio.convert.rules import invert_rules
 from ldm_audio.data.speech_tokenizer import train_speech_bpe
 from ldm_audio.errors import InputError
+from ldm_audio.exchange import convert, export, inspect, join_speech
 from ldm_audio.pipelines.text_to_speech_tokens import TextToSpeechTokens
 from ldm_audio.pipelines.token_generation import GREEDY
-from ldm_audio.pretrained import convert, export, inspect, join_speech, load, load_network, load_parts
+from ldm_audio.pretrained import load, load_network, load_parts
 
 NORMS = [-7.0 + 0.05 * i for i in range(80)]
 ENDING = [9, 4, 4, 7]

@@ -25,7 +25,8 @@ from ldm_audio.convert.stored import Tensors
 from ldm_audio.data.tokenizers import train_bpe
 from ldm_audio.diffusion.samplers import ddim
 from ldm_audio.errors import InputError
-from ldm_audio.pretrained import build, export, load_network, load_system, state_of
+from ldm_audio.exchange import export
+from ldm_audio.pretrained import build, load_network, load_system, state_of
 from ldm_audio.randomness import RowRandom
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -182,7 +183,7 @@ def test_channel_map_fusion_gives_the_patches_four_channels():
 CONVERT = """
     import json, sys, time
     from pathlib import Path
-    from ldm_audio.pretrained import convert
+    from ldm_audio.exchange import convert
     started = time.perf_counter()
     convert(sys.argv[1], sys.argv[2], tokenizer=sys.argv[3])
     seconds = time.perf_counter() - started
