@@ -11,12 +11,12 @@ from ldm_audio import config
 @config.one_line_errors
 def main(cfg: DictConfig) -> float:
     """Composes, builds, fits; returns the best value of the monitored metric."""
-    config.open_run(cfg)
-    train_data, val_data = instantiate(cfg.data.train), instantiate(cfg.data.val)
-    objective = config.build_objective(cfg, train_data.captions())
-    config.check_latents(objective, [train_data, val_data])
-    trainer = instantiate(cfg.trainer, save_weights=config.weights_writer(cfg), _convert_="all")
-    return trainer.fit(objective, config.train_loader(cfg, train_data), config.val_loader(cfg, val_data))
+    with config.opened_run(cfg) as device:
+        train_data, val_data = instantiate(cfg.data.train), instantiate(cfg.data.val)
+        objective = config.build_objective(cfg, train_data.captions())
+        config.check_latents(objective, [train_data, val_data])
+        trainer = config.build_trainer(cfg, device)
+        return trainer.fit(objective, config.train_loader(cfg, train_data), config.val_loader(cfg, val_data))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 import functools
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,17 +17,19 @@ from tqdm import tqdm
 
 from ldm_audio import pretrained
 from ldm_audio.audio.io import resample_sinc
-from ldm_audio.data.loader import StepBatches, make_loader, sequential_batches
+from ldm_audio.data.loader import StepBatches, make_loader, sequential_batches, share_of
 from ldm_audio.data.tokenizers import load_tokenizer
-from ldm_audio.errors import InputError
+from ldm_audio.distributed import barrier, is_main, process_group, rank, world_size
+from ldm_audio.errors import InputError, RunError
 from ldm_audio.evaluation.retrieval import retrieval
 from ldm_audio.files import write_json, write_text
 from ldm_audio.objectives.base import Objective
 from ldm_audio.pipelines.encode import encode, state_hash
+from ldm_audio.training.trainer import Trainer
 
 FREE_ON_RESUME = {
     "trainer.max_steps", "lr_schedule.max_steps", "trainer.lr_schedule.max_steps", "trainer.bar_position",
-    "trainer.log_every", "trainer.device", "trainer.loggers", "logger", "num_workers",
+    "trainer.log_every", "trainer.device", "trainer.loggers", "logger", "num_workers", "trainer.strategy",
 }  # fmt: skip
 """Keys that may differ when a run is continued: how long it goes on, where, and what it tells."""
 
@@ -37,23 +40,27 @@ NEVER_STOPS = 2**40
 
 
 def one_line_errors(main: Callable) -> Callable:
-    """Prints an InputError as one line on stderr and exits with 2; other errors keep their traceback.
+    """Prints an InputError as one line on stderr and exits with 2, a RunError with 1, Ctrl-C with 130.
 
-    Hydra wraps what the parts that it builds raise, so the causes of an error are looked at too.
+    Other errors keep their traceback. Hydra wraps what the parts that it builds raise, so the causes of an
+    error are looked at too.
     """
 
     @functools.wraps(main)
     def wrapped(*args):
         try:
             return main(*args)
+        except KeyboardInterrupt:
+            sys.exit(130)
         except Exception as error:
             cause = error
-            while cause is not None and not isinstance(cause, InputError):
+            while cause is not None and not isinstance(cause, InputError | RunError):
                 cause = cause.__cause__
             if cause is None:
                 raise
-            print(f"error: {cause}", file=sys.stderr)
-            sys.exit(2)
+            if is_main():
+                print(f"error: {cause}", file=sys.stderr)
+            sys.exit(2 if isinstance(cause, InputError) else 1)
 
     return wrapped
 
@@ -69,31 +76,47 @@ def plain(node: DictConfig) -> dict:
     return OmegaConf.to_container(node, resolve=True)
 
 
-def open_run(cfg: DictConfig) -> Path:
-    """Makes the run's folder and writes its config, or checks that a run to continue has the same one.
-
-    A run that never came to its first step has nothing to continue.
-    """
+@contextmanager
+def opened_run(cfg: DictConfig) -> Iterator[torch.device]:
+    """Inside, the run's folder is made and its processes know each other; yields this one's device."""
     require(cfg)
     check_mixup(cfg)
-    folder = Path(cfg.folder)
+    with process_group(cfg.trainer.strategy, cfg.trainer.device) as device:
+        open_folder(Path(cfg.folder), plain(cfg) | {"processes": world_size()})
+        torch.manual_seed(cfg.seed)
+        yield device
+
+
+def open_folder(folder: Path, config: dict) -> None:
+    """Makes the run's folder and writes its config, or checks that a run to continue has the same one.
+
+    A run that never came to its first step has nothing to continue. One of n processes may go on in m where
+    a step takes as many items as before.
+    """
     path = folder / "config.yaml"
-    config = OmegaConf.create(plain(cfg))
     if path.exists() and (folder / "metrics.jsonl").exists():
-        lines = differences(plain(OmegaConf.load(path)), plain(config))
-        differing = [line for line in lines if not free_on_resume(line.partition(":")[0])]
+        old = plain(OmegaConf.load(path))
+        lines = differences(old, config)
+        is_same_step = items_of_a_step(old) == items_of_a_step(config)
+        free = FREE_ON_RESUME | ({"batch_size", "processes"} if is_same_step else set())
+        differing = [line for line in lines if not is_below(line.partition(":")[0], free)]
         if differing:
             raise InputError(
                 f"{folder} holds a run with another config ({'; '.join(differing)}): choose run=NAME"
             )
-    write_text(path, OmegaConf.to_yaml(config))
-    torch.manual_seed(cfg.seed)
-    return folder
+    barrier()  # all have read it
+    if is_main():
+        write_text(path, OmegaConf.to_yaml(OmegaConf.create(config)))
 
 
-def free_on_resume(key: str) -> bool:
-    """Whether this key, or one that holds it, is in `FREE_ON_RESUME`."""
-    return any(key == free or key.startswith(f"{free}.") for free in FREE_ON_RESUME)
+def items_of_a_step(config: dict) -> int:
+    """How many items all processes take together between two positions of the data."""
+    return config["batch_size"] * config.get("processes", 1)
+
+
+def is_below(key: str, keys: Iterable[str]) -> bool:
+    """Whether this key, or one that holds it, is among `keys`."""
+    return any(key == above or key.startswith(f"{above}.") for above in keys)
 
 
 def require(cfg: DictConfig) -> None:
@@ -201,6 +224,14 @@ def check_latents(objective: Objective, data_sets: Sequence) -> None:
             raise InputError(f"the latents at data.path were made by another {name} than that of {name}.path")
 
 
+def build_trainer(cfg: DictConfig, device: torch.device) -> Trainer:
+    """The trainer; the loggers of the config belong to the main process."""
+    loggers = {} if is_main() else {"loggers": []}
+    return instantiate(
+        cfg.trainer, device=str(device), save_weights=weights_writer(cfg), _convert_="all", **loggers
+    )
+
+
 def weights_writer(cfg: DictConfig) -> Callable[[Objective, Path], None]:
     """Writes an objective's weights with the provenance of this run."""
     provenance = {
@@ -237,7 +268,7 @@ def train_loader(cfg: DictConfig, data) -> Callable[[int], Iterable[dict]]:
     def from_step(step: int) -> Iterable[dict]:
         batches = StepBatches(
             len(data), batch_size=cfg.batch_size, seed=cfg.seed, start_step=step, num_steps=NEVER_STOPS,
-            rank=0, world_size=1,
+            rank=rank(), world_size=world_size(),
         )  # fmt: skip
         return make_loader(data, batches, num_workers=cfg.num_workers)
 
@@ -245,8 +276,9 @@ def train_loader(cfg: DictConfig, data) -> Callable[[int], Iterable[dict]]:
 
 
 def val_loader(cfg: DictConfig, data) -> Iterable[dict]:
-    """The same validation batches every time."""
-    return make_loader(data, sequential_batches(len(data), cfg.batch_size, cfg.val_items), num_workers=0)
+    """The same validation batches every time, of which each process has its share."""
+    batches = sequential_batches(len(data), cfg.val_batch_size, cfg.val_items)
+    return make_loader(data, share_of(batches, rank=rank(), world_size=world_size()), num_workers=0)
 
 
 def encode_data(overrides: Sequence[str]) -> None:

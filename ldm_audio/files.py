@@ -6,17 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ldm_audio.errors import RunError
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a temporary name beside `path` to write to; it becomes `path` at the end, or goes on an error.
 
-    Folders are made. The new file has the permissions that a plain `open` would give it.
+    Folders are made. The new file has the permissions that a plain `open` would give it. RunError where the
+    system refuses the write (a full disk, no permission); what was at `path` is still there then.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         permissions = temporary.stat().st_mode
         yield temporary
@@ -24,8 +27,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(f"{path}: not written ({error.strerror or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes the temporary files below `folder` that killed processes left half-written."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import hydra
 import torch
 from hydra.errors import InstantiationException
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm_audio import speech_system
@@ -27,6 +26,7 @@ from ldm_audio.convert.stored import open_safetensors, read_json
 from ldm_audio.data.speech_tokenizer import SpeechTokenizer
 from ldm_audio.data.tokenizers import Tokenizer, load_tokenizer
 from ldm_audio.diffusion.schedule import Schedule
+from ldm_audio.distributed import is_main, whole
 from ldm_audio.errors import InputError
 from ldm_audio.files import replacing, write_json
 from ldm_audio.models.clap import CLAP
@@ -220,10 +220,14 @@ def save_network(
     provenance: dict | None,
     licence: str = "unspecified",
 ) -> None:
-    """Writes `network` with the `recipe` that rebuilds it to `path`, atomically."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=header_of(recipe, provenance, licence))
+    """Writes `network` with the `recipe` that rebuilds it to `path`, atomically.
+
+    Of several processes every one calls it, for the network may be split over them, and the main one writes.
+    """
+    state = {name: whole(tensor).detach() for name, tensor in network.state_dict().items()}
+    if is_main():
+        with replacing(path) as temporary:
+            write_safetensors(temporary, state, state.items(), header=header_of(recipe, provenance, licence))
 
 
 def header_of(recipe: dict, provenance: dict | None, licence: str) -> dict[str, str]:
@@ -240,11 +244,13 @@ def save_weights(objective: Objective, folder: Path, *, system: dict | None, pro
     """What a training run leaves to be used: its networks, its tokenizer, and the system where it is one.
 
     The frozen parts of a system are written once; `system.json` comes last, so that it never names a part
-    that is not there.
+    that is not there. Every process calls it, the main one writes.
     """
     for name, network in objective.weights().items():
         recipe = getattr(objective, name).recipe
         save_network(network, folder / f"{name}.safetensors", recipe=recipe, provenance=provenance)
+    if not is_main():
+        return
     tokenizer = getattr(objective, "tokenizer", None)
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer.json")

@@ -17,7 +17,7 @@ ALONE = {"errors", "files", "randomness"}  # layer 0, and free to be used by the
 LAYER_0 = ALONE | {"layers", "distributed", "audio"}
 MAY_IMPORT = {
     "errors": set(),
-    "files": set(),
+    "files": {"errors"},
     "randomness": set(),
     "layers": ALONE,
     "distributed": ALONE,

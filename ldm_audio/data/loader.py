@@ -98,6 +98,18 @@ def sequential_batches(length: int, batch_size: int, limit: int | None) -> list[
     return [keys[start : start + batch_size] for start in range(0, count, batch_size)]
 
 
+def share_of(batches: list[list[ItemKey]], *, rank: int, world_size: int) -> list[list[ItemKey]]:
+    """The batches of one rank: every `world_size`-th, as many for every rank.
+
+    A rank that would have one fewer gets the first batch again, with the item number -1: to be computed, for
+    the ranks work in step, and not to be counted.
+    """
+    own = batches[rank::world_size]
+    if len(own) < -(-len(batches) // world_size):
+        own = [*own, [key._replace(item=-1) for key in batches[0]]]
+    return own
+
+
 def make_loader(
     dataset: ClipData,
     batches: Iterable[Sequence[ItemKey]],

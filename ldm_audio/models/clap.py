@@ -57,6 +57,11 @@ class CLAP(nn.Module):
             if tower is not None:
                 tower.set_activation_checkpointing(enabled)
 
+    def repeated_blocks(self) -> list[nn.Module]:
+        """The blocks of both towers, which a wrapper may treat one by one."""
+        towers = [tower for tower in (self.audio_tower, self.text_tower) if tower is not None]
+        return [block for tower in towers for block in tower.repeated_blocks()]
+
     def embed_audio(self, waveform: Tensor) -> Tensor:
         """(b, s) waveform at `front_end.sample_rate` -> (b, joint_dim) of length 1.
 

@@ -5,7 +5,7 @@ norms of its published recipe. `PatchDiscriminator` implements the 70 x 70 discr
 (arXiv 1611.07004) as AudioLDM's autoencoder uses it.
 
 Departs from the originals in that a discriminator judges one waveform at a time, real or made: the objective
-decides which pairs it compares. Batch norm takes its statistics from the batch it is given.
+decides which pairs it compares. Batch norm takes its statistics from the batch of all ranks.
 """
 
 import math
@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
+from ldm_audio.distributed import BatchNorm2d
 from ldm_audio.errors import InputError
 
 LEAK = 0.1
@@ -151,7 +152,7 @@ class PatchDiscriminator(nn.Module):
         for wide_in, wide_out, stride in zip(widths[:-1], widths[1:], strides, strict=True):
             layers += [
                 nn.Conv2d(wide_in, wide_out, 4, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(wide_out),
+                BatchNorm2d(wide_out),
                 nn.LeakyReLU(0.2),
             ]
         layers.append(nn.Conv2d(widths[-1], 1, 4, stride=1, padding=1))
@@ -159,7 +160,7 @@ class PatchDiscriminator(nn.Module):
         for layer in self.main:
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, std=0.02)
-            elif isinstance(layer, nn.BatchNorm2d):
+            elif isinstance(layer, BatchNorm2d):
                 nn.init.normal_(layer.weight, mean=1.0, std=0.02)
 
     def forward(self, mel: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ldm_audio.distributed import BatchNorm2d
 from ldm_audio.errors import InputError
 
 Fusion = Literal["aff_2d", "iaff_2d", "daf_2d", "channel_map"]
@@ -85,10 +86,10 @@ def attention_branch(dim: int) -> nn.Sequential:
     hidden = dim // FUSION_REDUCTION
     return nn.Sequential(
         nn.Conv2d(dim, hidden, 1),
-        nn.BatchNorm2d(hidden),
+        BatchNorm2d(hidden),
         nn.ReLU(),
         nn.Conv2d(hidden, dim, 1),
-        nn.BatchNorm2d(dim),
+        BatchNorm2d(dim),
     )
 
 
@@ -328,7 +329,7 @@ class HTSAT(nn.Module):
         self.out_dim = dim * 2 ** (len(depths) - 1)
         self.activation_checkpointing = False
 
-        self.mel_norm = nn.BatchNorm2d(n_mels)
+        self.mel_norm = BatchNorm2d(n_mels)
         self.patch_embed = PatchEmbed(
             dim=dim, patch_size=patch_size, patch_stride=patch_stride, fusion=fusion
         )
@@ -367,6 +368,10 @@ class HTSAT(nn.Module):
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Trade time for memory: recompute each block in the backward pass."""
         self.activation_checkpointing = enabled
+
+    def repeated_blocks(self) -> list[nn.Module]:
+        """The parts that a wrapper may treat one by one, in the order of forward."""
+        return [block for stage in self.stages for block in stage["blocks"]]
 
     def forward(self, mel: Tensor, is_longer: Tensor) -> Tensor:
         """(b, c, n, f) log-mel in dB, (b,) bool True = clip longer than the window -> (b, out_dim).

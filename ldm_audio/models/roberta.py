@@ -92,6 +92,10 @@ class Roberta(nn.Module):
         """Trade time for memory: recompute each block in the backward pass."""
         self.activation_checkpointing = enabled
 
+    def repeated_blocks(self) -> list[nn.Module]:
+        """The parts that a wrapper may treat one by one, in the order of forward."""
+        return list(self.blocks)
+
     def forward(self, text_tokens: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
         """(b, l) int64 tokens, (b, l) bool True = real token -> ((b, l, d) hidden, (b, d) pooled).
 

@@ -195,6 +195,11 @@ class UNet(nn.Module):
         """Whether the backward pass recomputes the blocks' activations instead of keeping them."""
         self._checkpointing = enabled
 
+    def repeated_blocks(self) -> list[nn.Module]:
+        """The parts that a wrapper may treat one by one, in the order of forward."""
+        down, up = ([block for level in levels for block in level.blocks] for levels in (self.down, self.up))
+        return [*down, *self.mid, *up]
+
     def forward(
         self,
         zt: Tensor,

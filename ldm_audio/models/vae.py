@@ -204,6 +204,11 @@ class VAE(nn.Module):
         """The decoder's last weight, at which VQGAN's adaptive weight compares gradients."""
         return self.decoder.conv_out.weight
 
+    def latent_shape(self, mel: Tensor) -> tuple[int, int, int]:
+        """(c, t, f') of the latent of each mel in (b, f, n)."""
+        bins, frames = mel.shape[-2] // self.in_channels, mel.shape[-1]
+        return self.latent_channels, frames // self.downsample, bins // self.downsample
+
     def encode(self, mel: Tensor) -> Posterior:
         """(b, f, n) log-mel -> posterior over (b, c, t, f') latents, t = n / downsample.
 

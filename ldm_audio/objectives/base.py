@@ -39,6 +39,15 @@ class Objective(nn.Module):
     frozen: tuple[str, ...] = ()
     """Names of the parts that do not learn; they stay in eval mode and out of checkpoints."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.wrapped: dict[nn.Module, nn.Module] = {}
+        """Networks that several processes train, each with the wrapper that averages its gradients."""
+
+    def parallel(self, network: nn.Module) -> nn.Module:
+        """The network as its own player's turn calls it: its wrapper where there is one."""
+        return self.wrapped.get(network, network)
+
     def players(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by player; every parameter that learns belongs to exactly one player."""
         raise NotImplementedError

@@ -82,7 +82,7 @@ class CLVPObjective(Objective):
             speech_mask = leave_out(speech_mask, self.speech_masking, rows)
         logits = self.clvp(text, speech, text_mask, speech_mask)  # (b text, b speech)
         duplicates = equal_captions(batch["caption"]).to(logits.device) if self.mask_duplicates else None
-        return symmetric_info_nce(logits, duplicates)
+        return symmetric_info_nce(logits, logits.T, duplicates)
 
     def validate(self, batch: dict) -> Logs:
         loss, accuracy = self.info_nce(batch, None)

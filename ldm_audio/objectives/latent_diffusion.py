@@ -24,6 +24,7 @@ from ldm_audio.audio.mixup import Mixup, mix_posteriors, silence_tail
 from ldm_audio.diffusion.guidance import classifier_free
 from ldm_audio.diffusion.samplers import ddim, timestep_grid
 from ldm_audio.diffusion.schedule import Schedule
+from ldm_audio.distributed import mean_over_ranks
 from ldm_audio.errors import InputError
 from ldm_audio.objectives.base import Logs, Objective, Preview, Turn
 from ldm_audio.randomness import RowRandom
@@ -105,6 +106,8 @@ class LatentDiffusionObjective(Objective):
             count += mean.numel()
             total += mean.double().sum().item()
             squares += (mean.double() ** 2 + std.double() ** 2).sum().item()
+        sums = torch.tensor([count, total, squares], dtype=torch.float64)
+        count, total, squares = mean_over_ranks(sums).tolist()
         variance = squares / count - (total / count) ** 2
         if not variance > 0:
             raise InputError(
@@ -130,7 +133,8 @@ class LatentDiffusionObjective(Objective):
         noise = rows.randn(*z0.shape[1:]).to(z0)
         timestep = rows.randint(self.schedule.num_timesteps).to(z0.device)
         embed = self.condition(batch, rows, z0)
-        prediction = self.unet(self.schedule.add_noise(z0, noise, timestep), timestep, embed)
+        zt = self.schedule.add_noise(z0, noise, timestep)
+        prediction = self.parallel(self.unet)(zt, timestep, embed)
         return F.mse_loss(prediction.to(z0.dtype), self.schedule.target(z0, noise, timestep))
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_audio.audio.mel import LogMel
+from ldm_audio.distributed import mean_over_ranks
 from ldm_audio.objectives.base import Logs, Objective, Preview, Turn, random_segments
 from ldm_audio.randomness import RowRandom
 
@@ -61,20 +62,19 @@ class VAEObjective(Objective):
         """Starts a new autoencoder at the mean of the mels; its first steps would only shift its output."""
         if getattr(self.vae, "provenance", None) is None:
             means = [self.mel(batch["waveform"]).mean() for batch in batches]
-            self.vae.decoder.conv_out.bias.fill_(torch.stack(means).mean())
+            self.vae.decoder.conv_out.bias.fill_(mean_over_ranks(torch.stack(means).mean()))
 
     def losses(self, batch: dict, step: int) -> Iterator[Turn]:
         rows = RowRandom([(self.seed, step, int(item)) for item in batch["item"]])
         mel = self.mel(random_segments(batch["waveform"], self.segment_samples, rows))  # (b, f, n)
-        posterior = self.vae.encode(mel)
-        noise = rows.randn(*posterior.mean.shape[1:]).to(mel)
-        reconstruction = self.vae.decode(posterior.sample(noise))  # (b, f, n)
+        noise = rows.randn(*self.vae.latent_shape(mel)).to(mel)
+        reconstruction, posterior = self.parallel(self.vae)(mel, noise)  # (b, f, n)
         adversarial = step >= self.adversarial_start
 
         if adversarial:
             self.discriminator.requires_grad_(True)
-            real = self.discriminator(mel.unsqueeze(1))
-            fake = self.discriminator(reconstruction.detach().unsqueeze(1))
+            judge = self.parallel(self.discriminator)
+            real, fake = judge(mel.unsqueeze(1)), judge(reconstruction.detach().unsqueeze(1))
             loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
             yield "discriminator", loss, {"discriminator": loss}
 
@@ -99,10 +99,10 @@ class VAEObjective(Objective):
         return l1, self.perceptual(reconstruction, mel).mean(), posterior.kl().mean()
 
     def adaptive_weight(self, nll: Tensor, fooled: Tensor) -> Tensor:
-        """VQGAN (2012.09841, equation 7): both terms get equally large gradients at the last layer."""
+        """VQGAN (2012.09841, equation 7): equal gradients of both terms at the last layer, over all ranks."""
         last = self.vae.last_layer
-        nll_grad = torch.autograd.grad(nll, last, retain_graph=True)[0]
-        fooled_grad = torch.autograd.grad(fooled, last, retain_graph=True)[0]
+        nll_grad = mean_over_ranks(torch.autograd.grad(nll, last, retain_graph=True)[0])
+        fooled_grad = mean_over_ranks(torch.autograd.grad(fooled, last, retain_graph=True)[0])
         weight = nll_grad.norm() / (fooled_grad.norm() + 1e-4)
         return self.adversarial_weight * weight.clamp(0.0, 1e4).detach()
 

@@ -75,15 +75,16 @@ class VocoderObjective(Objective):
         rows = RowRandom([(self.seed, step, int(item)) for item in batch["item"]])
         real = random_segments(batch["waveform"], self.segment_samples, rows).unsqueeze(1)  # (b, 1, s)
         mel = self.mel(real.squeeze(1))
-        fake, real = same_length(self.vocoder(mel), real)
+        fake, real = same_length(self.parallel(self.vocoder)(mel), real)
         adversarial = step >= self.adversarial_start
 
         if adversarial:
             self.discriminator.requires_grad_(True)
+            judge = self.parallel(self.discriminator)
             loss = torch.stack(
                 [
                     ((1 - r) ** 2).mean() + (g**2).mean()
-                    for (r, _), (g, _) in zip(self.discriminator(real), self.discriminator(fake.detach()))
+                    for (r, _), (g, _) in zip(judge(real), judge(fake.detach()))
                 ]
             ).sum()
             yield "discriminator", loss, {"discriminator": loss}

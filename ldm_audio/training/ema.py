@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ldm_audio.distributed import local, split_as
 from ldm_audio.errors import InputError
 
 
@@ -13,6 +14,7 @@ class EMA:
     """Follows the parameters of some networks: shadow <- d * shadow + (1 - d) * parameter.
 
     d = min(decay, (1 + n) / (10 + n)) at the n-th update, so that the first steps are forgotten quickly.
+    Where parameters are split over ranks, each rank follows its own part.
     """
 
     def __init__(self, networks: dict[str, nn.Module], *, decay: float):
@@ -29,7 +31,8 @@ class EMA:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         if self.shadow:
-            torch._foreach_lerp_(list(self.shadow.values()), list(self.parameters.values()), 1 - decay)
+            shadows, parameters = ([local(t) for t in ts.values()] for ts in (self.shadow, self.parameters))
+            torch._foreach_lerp_(shadows, parameters, 1 - decay)
         return decay
 
     @contextmanager
@@ -46,14 +49,15 @@ class EMA:
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
         for key, p in self.parameters.items():
-            p.copy_(values[key])
+            local(p).copy_(local(values[key]))
 
     def state_dict(self) -> dict:
         return {"updates": self.updates, "shadow": self.shadow}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         if state["shadow"].keys() != self.shadow.keys():
             raise InputError("the checkpoint's averaged weights belong to other networks")
         self.updates = state["updates"]
-        for key, value in state["shadow"].items():
-            self.shadow[key].copy_(value)
+        for key, own in self.shadow.items():
+            local(own).copy_(local(split_as(state["shadow"][key], own)))

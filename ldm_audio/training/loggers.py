@@ -13,23 +13,39 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from ldm_audio.errors import RunError
 from ldm_audio.files import replacing, write_text
 from ldm_audio.objectives.base import Preview
 
 
 class JSONLLogger:
-    """One JSON object a line in `path`; on resume the rows from `start_step` on are cut off first."""
+    """One JSON object a line in `path`; of the rows there, the first `num_rows` are kept.
 
-    def __init__(self, path: Path, *, start_step: int):
+    That number is in the checkpoint, so that a run that was killed after more rows repeats them.
+    """
+
+    def __init__(self, path: Path, *, num_rows: int):
         self.path = path
-        kept = [row for row in read_rows(path) if row["step"] <= start_step] if start_step else []
+        kept = read_rows(path)[:num_rows]
+        self.num_rows = len(kept)
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.file = path.open("a")
+        self.file = path.open("ab", buffering=0)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Appends a row; RunError where the disk takes no more."""
         row = {"step": step, "time": round(time.time(), 3)} | {k: round_to(v) for k, v in metrics.items()}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        line = (json.dumps(row) + "\n").encode()
+        try:
+            written = self.file.write(line)
+        except OSError as error:
+            raise RunError(f"{self.path}: not written ({error.strerror})") from error
+        if written != len(line):
+            raise RunError(f"{self.path}: not written (no space for a row)")
+        self.num_rows += 1
+
+    def sync(self) -> None:
+        """Returns when the rows are on the disk itself."""
+        os.fsync(self.file.fileno())
 
     def preview(self, step: int, previews: dict[str, Preview]) -> None:
         pass

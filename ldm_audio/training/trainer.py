@@ -1,7 +1,8 @@
-"""The one training loop: it runs every objective, and never loses work."""
+"""The one training loop: it runs every objective, in one process or in many, and never loses work."""
 
 import contextlib
 import math
+import resource
 import signal
 import sys
 import time
@@ -13,15 +14,29 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm_audio.errors import InputError
-from ldm_audio.objectives.base import Logs, Objective, check_players, to_device
-from ldm_audio.training.checkpoint import load_checkpoint, save_checkpoint
+from ldm_audio import distributed
+from ldm_audio.errors import InputError, RunError
+from ldm_audio.files import remove_leftovers
+from ldm_audio.objectives.base import Logs, Objective, Preview, check_players, to_device
+from ldm_audio.randomness import generator_for
+from ldm_audio.training.checkpoint import (
+    FORMAT,
+    load_checkpoint,
+    load_optimizer_state,
+    optimizer_state,
+    save_checkpoint,
+    save_sharded,
+)
 from ldm_audio.training.ema import EMA
 from ldm_audio.training.loggers import JSONLLogger, PreviewFiles
 
 
-class Diverged(RuntimeError):
+class Diverged(RunError):
     """Raised after `max_bad_steps` steps in a row without a finite loss; the last checkpoint is untouched."""
+
+
+class Interrupted(Exception):
+    """Raised by a signal during a preview, which may take longer than a job has."""
 
 
 class Trainer:
@@ -31,6 +46,8 @@ class Trainer:
     lr_schedule: factor on the optimiser's learning rate, a function of the step.
     save_weights: `(objective, folder)`, writes the networks' own weights files, averaged weights swapped in.
     loggers: extra ones, beside `metrics.jsonl` and the files of the previews.
+    strategy: none, or how the processes of `distributed.process_group` share the work; ddp gives each its
+    own networks, fsdp2 splits them, for objectives with one player.
     """
 
     def __init__(
@@ -43,6 +60,7 @@ class Trainer:
         save_weights: Callable[[Objective, Path], None],
         loggers: list,
         device: str,
+        strategy: str,
         precision: str,
         compile: bool,
         activation_checkpointing: bool,
@@ -65,6 +83,7 @@ class Trainer:
         self.save_weights = save_weights
         self.extra_loggers = loggers
         self.device = torch.device(device)
+        self.strategy = strategy
         self.precision = precision
         self.compile = compile
         self.activation_checkpointing = activation_checkpointing
@@ -77,7 +96,9 @@ class Trainer:
         self.prepare_batches = prepare_batches
         self.max_bad_steps = max_bad_steps
         self.bar_position = bar_position
-        self.stop_signal: int | None = None
+        self.signal_here = 0
+        self.stop_signal = 0
+        self.is_previewing = False
 
     def fit(
         self, objective: Objective, train_batches: Callable[[int], Iterable], val_batches: Iterable
@@ -85,17 +106,33 @@ class Trainer:
         """Trains from the last checkpoint, or from nothing, and returns the best monitored value.
 
         train_batches(step) yields the batches from that step on; with accumulation, `accumulate` of them
-        make one step. Raises SystemExit(128 + its number) after a signal that stopped the run, and Diverged.
+        make one step. Of items numbered below 0, which fill up a rank's validation, nothing is counted.
+
+        Raises SystemExit(128 + its number) after a signal that stopped the run, Diverged, and RunError where
+        the disk is full; the last checkpoint is whole then.
         """
         self._set_up(objective)
-        if self.step >= self.max_steps:
-            tqdm.write(f"{self.folder}: finished at step {self.step}; raise trainer.max_steps to go on")
+        if self.step >= self.max_steps and not self.validation_due:
+            self._tell(f"{self.folder}: finished at step {self.step}; raise trainer.max_steps to go on")
             return self.best
         if self.step == 0:
             with self._autocast():
                 objective.prepare(self._moved(islice(train_batches(0), self.prepare_batches)))
-        self.metrics = JSONLLogger(self.folder / "metrics.jsonl", start_step=self.step)
-        self.loggers = [self.metrics, PreviewFiles(self.folder / "previews"), *self.extra_loggers]
+        self.loggers = []
+        if distributed.is_main():
+            remove_leftovers(self.folder)
+            self.metrics = JSONLLogger(self.folder / "metrics.jsonl", num_rows=self.num_rows)
+            self.loggers = [self.metrics, PreviewFiles(self.folder / "previews"), *self.extra_loggers]
+        self.bar = tqdm(
+            total=self.max_steps,
+            initial=self.step,
+            desc=self.folder.name,
+            position=self.bar_position,
+            disable=not distributed.is_main(),
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 20.0,  # a log file wants few lines
+            smoothing=0.05,
+        )
         try:
             with self._signals():
                 self._run(train_batches, val_batches)
@@ -103,7 +140,7 @@ class Trainer:
             self.bar.close()
             for logger in self.loggers:
                 logger.close()
-        if self.stop_signal is not None and self.step < self.max_steps:
+        if self.stop_signal and (self.step < self.max_steps or self.validation_due):
             raise SystemExit(128 + self.stop_signal)
         return self.best
 
@@ -112,18 +149,33 @@ class Trainer:
         if self.accumulate > 1 and not objective.accumulable:
             raise InputError(f"trainer.accumulate={self.accumulate}: {type(objective).__name__} takes only 1")
         self.objective = objective.to(self.device).train()
-        self.players = objective.players()
-        self.optimizers = {name: self.optimizer(parameters) for name, parameters in self.players.items()}
-        self.base_lr = {name: opt.param_groups[0]["lr"] for name, opt in self.optimizers.items()}
-        self.ema = EMA(objective.averaged(), decay=self.ema_decay)
         for network in objective.networks().values():
             if self.activation_checkpointing and hasattr(network, "set_activation_checkpointing"):
                 network.set_activation_checkpointing(True)
             if self.compile:
                 network.compile()
-        self.step, self.best, self.bad_steps = 0, math.inf, 0
+        self.learning = [n for n in objective.children() if any(p.requires_grad for p in n.parameters())]
+        if self.strategy == "ddp":
+            objective.wrapped = {network: distributed.replicate(network) for network in self.learning}
+        if self.strategy == "fsdp2":
+            if len(objective.players()) > 1:
+                name = type(objective).__name__
+                raise InputError(f"trainer.strategy=fsdp2: {name} has adversaries; use ddp")
+            for network in self.learning:
+                distributed.shard(network)
+        self.players = objective.players()
+        self.names = {p: name for name, p in objective.named_parameters() if p.requires_grad}
+        self.optimizers = {
+            name: self.optimizer([{"params": kind} for kind in distributed.kinds(parameters)])
+            for name, parameters in self.players.items()
+        }
+        self.base_lr = {name: opt.param_groups[0]["lr"] for name, opt in self.optimizers.items()}
+        self.ema = EMA(objective.averaged(), decay=self.ema_decay)
+        self.step, self.best, self.bad_steps, self.skipped, self.num_rows = 0, math.inf, 0, 0, 0
+        self.validation_due = False
+        self._seed_rank()
         if self.last.exists():
-            self._restore(load_checkpoint(self.last))
+            self._restore(load_checkpoint(self.last, self.objective.learned_state()))
         self.logged_step = self.step
 
     @property
@@ -131,18 +183,12 @@ class Trainer:
         return self.folder / "checkpoints" / "last.pt"
 
     def _run(self, train_batches: Callable[[int], Iterable], val_batches: Iterable) -> None:
-        self.bar = tqdm(
-            total=self.max_steps,
-            initial=self.step,
-            desc=self.folder.name,
-            position=self.bar_position,
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 20.0,  # a log file wants few lines
-            smoothing=0.05,
-        )
         batches = self._moved(train_batches(self.step * self.accumulate))
+        if self.validation_due:
+            self._validate(val_batches)
+            self._save()
         since, waited = time.perf_counter(), 0.0
-        while self.step < self.max_steps and self.stop_signal is None:
+        while self.step < self.max_steps and not self._is_told_to_stop():
             before = time.perf_counter()
             micro_batches = list(islice(batches, self.accumulate))
             waited += time.perf_counter() - before
@@ -154,18 +200,22 @@ class Trainer:
                 logs |= {
                     "items_per_second": self._items(micro_batches) * self._steps_since_log() / elapsed,
                     "waiting_share": waited / elapsed,
+                    "peak_memory_gb": peak_memory(self.device),
+                    "skipped_steps": self.skipped,
                 }
                 self._log(logs)
                 since, waited = time.perf_counter(), 0.0
-            if self.step % self.validate_every == 0 or self.step == self.max_steps:
+            pause = time.perf_counter()
+            self.validation_due = self.step % self.validate_every == 0 or self.step == self.max_steps
+            if self.validation_due:
                 self._validate(val_batches)
-                since = time.perf_counter()
             if self.step % self.save_every == 0:
                 self._save()
+            since += time.perf_counter() - pause
         if self.step % self.save_every:
             self._save()
-        if self.step < self.max_steps:
-            tqdm.write(f"{self.folder}: stopped at step {self.step}; the same command continues")
+        if self.step < self.max_steps or self.validation_due:
+            self._tell(f"{self.folder}: stopped at step {self.step}; the same command continues")
         elif self.bad_steps:
             raise Diverged(f"the last {self.bad_steps} steps were bad; last checkpoint: {self.last}")
 
@@ -178,42 +228,51 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         for place, batch in enumerate(micro_batches, start=1):
+            is_last = place == len(micro_batches)
+            distributed.synchronise_gradients([*self.learning, *self.objective.wrapped.values()], is_last)
             turns = self.objective.losses(batch, self.step)
             while (turn := self._next(turns)) is not None:
                 player, loss, logs = turn
-                if not torch.isfinite(loss):
+                loss_everywhere, logs = self._over_ranks(loss, logs)
+                if not torch.isfinite(loss_everywhere):
                     return self._skip_step(player, logs)
                 (loss / len(micro_batches)).backward()
                 for key, value in logs.items():
-                    sums[f"train/{key}"] = sums.get(f"train/{key}", 0.0) + value.detach() / len(micro_batches)
-                if place == len(micro_batches):
-                    norm = self._clip(player)
+                    sums[f"train/{key}"] = sums.get(f"train/{key}", 0.0) + value / len(micro_batches)
+                if is_last:
+                    limit = self.clip_norm if self.clip_norm is not None else math.inf
+                    norm = distributed.clip_gradients(self.players[player], limit)
                     if not torch.isfinite(norm):
                         return self._skip_step(player, {"gradient": norm})
                     self.optimizers[player].step()
                     self.optimizers[player].zero_grad(set_to_none=True)
                     sums[f"grad_norm/{player}"] = norm
         self.bad_steps = 0
-        ema_decay = self.ema.update()
-        return sums | {"lr_factor": factor, "ema_decay": ema_decay}
+        rates = {f"lr/{name}": base * factor for name, base in self.base_lr.items()}
+        return sums | rates | {"ema_decay": self.ema.update()}
+
+    def _over_ranks(self, loss: Tensor, logs: Logs) -> tuple[Tensor, Logs]:
+        """Averages of the loss and of what is logged; one that is not finite somewhere is so everywhere."""
+        logs = {name: value.detach() for name, value in logs.items()}
+        if distributed.world_size() == 1:
+            return loss.detach(), logs
+        values = torch.stack([value.double() for value in (loss.detach(), *logs.values())])
+        averages = distributed.mean_over_ranks(values).unbind()
+        return averages[0], dict(zip(logs, averages[1:]))
 
     def _next(self, turns: Iterator) -> tuple[str, Tensor, Logs] | None:
         with self._autocast():
             return next(turns, None)
 
-    def _clip(self, player: str) -> Tensor:
-        """Scales the player's gradients to at most `clip_norm`; their norm before that."""
-        limit = self.clip_norm if self.clip_norm is not None else math.inf
-        return torch.nn.utils.clip_grad_norm_(self.players[player], limit)
-
     def _skip_step(self, player: str, terms: Logs) -> Logs:
         """Names the terms that are not finite and counts them; this player and those after it do not move."""
         self.bad_steps += 1
+        self.skipped += 1
         bad = [name for name, value in terms.items() if not torch.isfinite(value)] or ["loss"]
         message = f"step {self.step}: {player}: {', '.join(bad)} not finite"
         if self.bad_steps >= self.max_bad_steps:
             raise Diverged(f"{message}, {self.bad_steps} steps in a row; last checkpoint: {self.last}")
-        tqdm.write(f"{message}; step skipped")
+        self._tell(f"{message}; step skipped")
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         return {"bad_steps": float(self.bad_steps)}
@@ -230,32 +289,62 @@ class Trainer:
         return self.step - self.logged_step
 
     def _items(self, micro_batches: list[dict]) -> int:
-        return sum(len(batch["item"]) for batch in micro_batches)
+        return sum(len(batch["item"]) for batch in micro_batches) * distributed.world_size()
 
     @torch.no_grad()
     def _validate(self, val_batches: Iterable) -> None:
+        """Metrics and previews of the averaged weights; a signal leaves it due for the next session."""
         self.objective.eval()
-        sums: dict[str, float] = {}
-        count, first = 0, None
-        with self.ema.swapped(), self._autocast():
-            for batch in self._moved(val_batches):
-                first = first or batch
-                rows = len(batch["item"])
-                for key, value in self.objective.validate(batch).items():
-                    sums[key] = sums.get(key, 0.0) + float(value) * rows
-                count += rows
-            previews = self.objective.preview(first) if first else {}
-        self.objective.train()
-        metrics = {f"val/{key}": total / count for key, total in sums.items()}
-        previews = {name: detached(preview) for name, preview in previews.items()}
+        try:
+            with self.ema.swapped(), self._autocast():
+                metrics, previews = self._measure(val_batches)
+        except Interrupted:
+            return
+        finally:
+            self.objective.train()
         for logger in self.loggers:
             logger.log(self.step, metrics)
             if previews:
                 logger.preview(self.step, previews)
+        self.validation_due = False
         value = metrics.get(self.objective.monitor, math.inf)
         if value < self.best:
             self.best = value
             self._write_weights("best")
+
+    def _measure(self, val_batches: Iterable) -> tuple[dict[str, float], dict[str, Preview]]:
+        """Means over the items of all ranks, and the previews of the first batch."""
+        sums: dict[str, float] = {}
+        count, first = 0, None
+        for batch in self._moved(val_batches):
+            first = first or batch
+            rows = int((batch["item"] >= 0).sum())
+            for key, value in self.objective.validate(batch).items():
+                sums[key] = sums.get(key, 0.0) + float(value) * rows
+            count += rows
+            if self._is_told_to_stop():
+                raise Interrupted
+        averages = torch.tensor([*sums.values(), count], dtype=torch.float64)
+        *totals, count = distributed.mean_over_ranks(averages).tolist()
+        metrics = {f"val/{key}": value / count for key, value in zip(sums, totals)}
+        previews = self._preview(first) if first else {}
+        if self._is_told_to_stop():
+            raise Interrupted
+        return metrics, previews
+
+    def _preview(self, batch: dict) -> dict[str, Preview]:
+        """On the main process, and where networks are split on all; only there a signal does not end it."""
+        needs_all = distributed.is_sharded(self.learning)
+        if not (distributed.is_main() or needs_all):
+            return {}
+        try:
+            self.is_previewing = not needs_all
+            previews = self.objective.preview(batch)
+        except Interrupted:
+            return {}
+        finally:
+            self.is_previewing = False
+        return {name: detached(preview) for name, preview in previews.items()}
 
     def _save(self) -> None:
         """Weights files first, then the state: killed in between, a run repeats steps and loses nothing.
@@ -263,33 +352,59 @@ class Trainer:
         In a row of bad steps nothing is written, for the state may be what makes them bad.
         """
         if self.bad_steps:
-            tqdm.write(f"{self.folder}: not saved at step {self.step}, which was bad")
+            self._tell(f"{self.folder}: not saved at step {self.step}, which was bad")
             return
         self._write_weights("weights")
+        for logger in self.loggers[:1]:
+            logger.sync()
         state = {
+            "format": FORMAT,
             "step": self.step,
             "best": self.best,
-            "objective": self.objective.learned_state(),
-            "optimizers": {name: opt.state_dict() for name, opt in self.optimizers.items()},
-            "ema": self.ema.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all(),
+            "skipped": self.skipped,
+            "validation_due": self.validation_due,
+            "num_rows": self.metrics.num_rows if distributed.is_main() else 0,
+            "ema_updates": self.ema.updates,
+            "rng": distributed.gather_objects(rng_state(self.device)),
         }
-        save_checkpoint(self.last, state)
+        tensors = {
+            "objective": self.objective.learned_state(),
+            "optimizers": {name: optimizer_state(o, self.names) for name, o in self.optimizers.items()},
+            "ema": self.ema.shadow,
+        }
+        if self.strategy == "fsdp2":
+            save_sharded(self.last, state, tensors)
+        elif distributed.is_main():
+            save_checkpoint(self.last, state | tensors)
 
     def _write_weights(self, name: str) -> None:
         with self.ema.swapped():
             self.save_weights(self.objective, self.folder / name)
 
     def _restore(self, state: dict) -> None:
-        self.objective.load_learned_state(state["objective"])
+        if state.get("format") != FORMAT:
+            raise InputError(f"{self.last}: format {state.get('format')}, expected {FORMAT}")
+        own = self.objective.learned_state()
+        learned = {key: distributed.split_as(v, own.get(key, v)) for key, v in state["objective"].items()}
+        self.objective.load_learned_state(learned)
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        self.ema.load_state_dict(state["ema"])
-        self.step, self.best = state["step"], state["best"]
-        torch.set_rng_state(state["rng"])
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+            load_optimizer_state(optimizer, self.names, state["optimizers"].get(name, {}))
+        self.ema.load_state_dict({"updates": state["ema_updates"], "shadow": state.get("ema", {})})
+        self.step, self.best, self.skipped = state["step"], state["best"], state["skipped"]
+        self.validation_due, self.num_rows = state["validation_due"], state["num_rows"]
+        if len(state["rng"]) == distributed.world_size():
+            set_rng_state(state["rng"][distributed.rank()], self.device)
+        else:
+            self._tell(f"{self.folder}: {len(state['rng'])} processes before, now {distributed.world_size()}")
+
+    def _seed_rank(self) -> None:
+        """Dropout differs between ranks, which were all seeded alike to build the same networks."""
+        if distributed.rank():
+            torch.manual_seed(generator_for(torch.initial_seed(), distributed.rank()).initial_seed())
+
+    def _tell(self, message: str) -> None:
+        if distributed.is_main():
+            tqdm.write(message)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -297,14 +412,25 @@ class Trainer:
     def _moved(self, batches: Iterable[dict]) -> Iterator[dict]:
         return (to_device(batch, self.device) for batch in batches)
 
+    def _is_told_to_stop(self) -> bool:
+        """Whether a signal came to any rank; every rank learns it at the same place."""
+        self.stop_signal = int(distributed.max_over_ranks(self.signal_here))
+        return bool(self.stop_signal)
+
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM stop the loop after the step in hand; a second one interrupts at once."""
+        """Ctrl-C and SIGTERM stop the loop after the step in hand; a second Ctrl-C interrupts at once.
+
+        Under torchrun it does not: there a signal to the whole group comes twice, and SIGKILL comes last.
+        """
 
         def ask(number, frame):
-            if self.stop_signal is not None:
+            if self.signal_here and number == signal.SIGINT and not distributed.is_launched():
                 raise KeyboardInterrupt
-            self.stop_signal = number
+            self.signal_here = number
+            if self.is_previewing:
+                self.is_previewing = False
+                raise Interrupted
 
         previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -314,7 +440,28 @@ class Trainer:
                 signal.signal(number, handler)
 
 
-def detached(preview):
+def detached(preview: Preview) -> Preview:
     """The same preview in float32 on the CPU."""
     waveform = preview.waveform.detach().float().cpu() if preview.waveform is not None else None
-    return type(preview)(preview.mel.detach().float().cpu(), waveform, preview.sample_rate)
+    return Preview(preview.mel.detach().float().cpu(), waveform, preview.sample_rate)
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most that was held at once so far, in GB: tensors on a GPU, else the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """Of the generators that dropout draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Inverse of `rng_state`, as far as both know the device."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

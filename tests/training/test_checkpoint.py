@@ -1,9 +1,11 @@
 """A checkpoint is the old one or the new one, whatever happens while it is written."""
 
+import resource
+
 import pytest
 import torch
 
-from ldm_audio.errors import InputError
+from ldm_audio.errors import InputError, RunError
 from ldm_audio.training.checkpoint import load_checkpoint, save_checkpoint
 
 STATE = {
@@ -23,19 +25,18 @@ def test_what_was_saved_comes_back(tmp_path):
     assert torch.equal(loaded["rng"], STATE["rng"])
 
 
-def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("room", [0, 1000, 5000])
+def test_a_full_disk_keeps_the_previous_checkpoint_and_is_told(room, tmp_path):
     path = tmp_path / "last.pt"
     save_checkpoint(path, STATE)
     before = path.read_bytes()
-
-    def half(state, file):
-        with open(file, "wb") as out:
-            out.write(before[: len(before) // 2])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(path, STATE | {"step": 4})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"last\.pt: not written \(File too large\)"):
+            save_checkpoint(path, STATE | {"step": 4})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 

@@ -25,7 +25,7 @@ SOUND = 0.5 * torch.sin(torch.arange(1600) / 10)
 
 
 def test_metrics_are_rounded_rows_of_strict_json(tmp_path):
-    logger = JSONLLogger(tmp_path / "metrics.jsonl", start_step=0)
+    logger = JSONLLogger(tmp_path / "metrics.jsonl", num_rows=0)
     logger.log(1, {"loss": 0.123456789, "bad": float("nan"), "worse": float("inf")})
     assert read_rows(tmp_path / "metrics.jsonl")[0]["loss"] == 0.1234568  # readable while the run goes on
     logger.close()
@@ -39,11 +39,11 @@ def test_rows_beyond_the_checkpoint_are_cut_and_a_half_row_is_dropped(tmp_path):
     path.write_text(
         '{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 2, "val/a": 2}\n{"step": 3, "a": 3}\n{"st'
     )
-    logger = JSONLLogger(path, start_step=2)
+    logger = JSONLLogger(path, num_rows=3)
     logger.log(3, {"a": 4.0})
     logger.close()
     assert [(row["step"], row.get("a")) for row in read_rows(path)] == [(1, 1), (2, 2), (2, None), (3, 4.0)]
-    JSONLLogger(path, start_step=0).close()
+    JSONLLogger(path, num_rows=0).close()
     assert path.read_text() == ""
 
 
