@@ -9,6 +9,7 @@ Axes: b batch, c channels, d width.
 """
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -175,7 +176,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, y, x) -> same."""
         if not self.training or world_size() == 1:
-            return super().forward(x)
+            return self.forward_alone(x)
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         axes = (0, 2, 3)
         count = values.new_tensor([values.numel() / values.shape[1]])
@@ -190,10 +191,25 @@ class BatchNorm2d(nn.BatchNorm2d):
         scale = self.weight * (variance + self.eps).rsqrt()
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
+    def forward_alone(self, x: Tensor) -> Tensor:
+        """As `nn.BatchNorm2d`, with the gradient in the layout of the input.
+
+        Where y or x is 1, torch's CPU kernel (2.14.1) mistakes a channels-last gradient of a contiguous
+        input, or the reverse, and gives weight and bias a wrong one.
+        """
+        if 1 not in x.shape[2:]:
+            return super().forward(x)
+        normalised = super().forward(x.contiguous())
+        if normalised.requires_grad:
+            normalised.register_hook(Tensor.contiguous)
+        return normalised
+
 
 def replicate(network: nn.Module) -> DistributedDataParallel:
     """The network as training calls it under ddp: its gradients are averaged while they are made."""
-    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():  # the argument that takes its place is newer than the oldest torch here
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def shard(network: nn.Module) -> None:
@@ -204,7 +220,7 @@ def shard(network: nn.Module) -> None:
     scalars = {p for p in network.parameters() if p.ndim == 0}
     for scalar in scalars:
         if scalar.requires_grad:
-            scalar.register_post_accumulate_grad_hook(lambda p: p.grad.copy_(mean_over_ranks(p.grad)))
+            scalar.register_post_accumulate_grad_hook(average_gradient)
     device = next(network.parameters()).device
     settings = {
         "mesh": init_device_mesh(device.type, (world_size(),)),
@@ -214,6 +230,11 @@ def shard(network: nn.Module) -> None:
     for block in network.repeated_blocks():
         fully_shard(block, **settings)
     fully_shard(network, **settings)
+
+
+def average_gradient(parameter: Tensor) -> None:
+    """Replaces its gradient by the average over ranks."""
+    parameter.grad = mean_over_ranks(parameter.grad)
 
 
 def synchronise_gradients(networks: Iterable[nn.Module], enabled: bool) -> None:

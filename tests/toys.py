@@ -4,7 +4,7 @@ Axes: b batch, s samples.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -297,10 +297,31 @@ def batch(*items: int) -> dict:
 class Batches:
     """`batches(step)`: endless batches of `size`, addressed by the step as the real loader's are."""
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, size: int, *, rank: int = 0, world_size: int = 1):
+        self.size, self.rank, self.world_size = size, rank, world_size
 
     def __call__(self, step: int) -> Iterator[dict]:
         while True:
-            yield batch(*range(step * self.size, (step + 1) * self.size))
+            first = (step * self.world_size + self.rank) * self.size
+            yield batch(*range(first, first + self.size))
             step += 1
+
+
+def cached(batches: Callable[[int], Iterator[dict]]) -> Callable[[int], Iterator[dict]]:
+    """The same items as float64 latents, as `encode` writes them."""
+
+    def latents(step: int) -> Iterator[dict]:
+        return (latents_of(clips) for clips in batches(step))
+
+    return latents
+
+
+def latents_of(clips: dict) -> dict:
+    """A batch of clips as float64 latents."""
+    seeds = [torch.Generator().manual_seed(int(item)) for item in clips["item"]]
+    mean, embed = (
+        torch.stack([torch.randn(shape, generator=seed, dtype=torch.float64) for seed in seeds])
+        for shape in ((4, 8, 8), (12,))
+    )
+    rest = {key: value for key, value in clips.items() if key != "waveform"}
+    return rest | {"z_mean": mean, "z_std": 0.1 * mean.abs(), "audio_embed": embed}

@@ -6,6 +6,7 @@ that folder only after it is complete. Either kind loads in any number of proces
 """
 
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,9 @@ def load_shards(folder: Path, like: Mapping[str, Tensor]) -> dict:
         else:
             node[last] = torch.empty(stored.size, dtype=stored.properties.dtype)
     is_split = any(isinstance(tensor, DTensor) for tensor in like.values())
-    dcp.load(tensors, storage_reader=reader, no_dist=not is_split or world_size() == 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        dcp.load(tensors, storage_reader=reader, no_dist=not is_split or world_size() == 1)
     return tensors
 
 

@@ -63,7 +63,8 @@ def trainer(folder: Path, **changes) -> Trainer:
         "folder": str(folder), "max_steps": 6, "optimizer": partial(torch.optim.AdamW, lr=1e-3),
         "lr_schedule": partial(warmup, warmup_steps=4),
         "save_weights": partial(save_weights, system=None, provenance={}), "loggers": [],
-        "device": "cpu", "strategy": "none",        "precision": "fp32", "compile": False, "activation_checkpointing": False, "accumulate": 1,
+        "device": "cpu", "strategy": "none", "precision": "fp32", "compile": False,
+        "activation_checkpointing": False, "accumulate": 1,
         "clip_norm": None, "ema_decay": 0.9, "log_every": 1, "validate_every": 3, "save_every": 3,
         "prepare_batches": 2, "max_bad_steps": 3, "bar_position": 0,
     }  # fmt: skip
@@ -180,22 +181,6 @@ def test_more_steps_continue_and_a_finished_run_says_so(tmp_path, capsys):
 # --- one step ----------------------------------------------------------------------------------------------
 
 
-def cached(size: int):
-    """Endless float64 batches of latents as `encode` writes them."""
-
-    def batches(step):
-        for clips in toys.Batches(size)(step):
-            seeds = [torch.Generator().manual_seed(int(item)) for item in clips["item"]]
-            mean, embed = (
-                torch.stack([torch.randn(shape, generator=seed, dtype=torch.float64) for seed in seeds])
-                for shape in ((4, 8, 8), (12,))
-            )
-            del clips["waveform"]
-            yield clips | {"z_mean": mean, "z_std": 0.1 * mean.abs(), "audio_embed": embed}
-
-    return batches
-
-
 def test_accumulation_equals_the_big_batch(tmp_path):
     weights = []
     sgd = partial(torch.optim.SGD, lr=0.05)
@@ -204,7 +189,7 @@ def test_accumulation_equals_the_big_batch(tmp_path):
         made.prepare = lambda batches: None  # sees other batches where they are smaller
         folder = tmp_path / str(accumulate)
         run = trainer(folder, max_steps=3, accumulate=accumulate, optimizer=sgd, lr_schedule=constant)
-        run.fit(made, cached(size), [])
+        run.fit(made, toys.cached(toys.Batches(size)), [])
         weights.append(made.unet.state_dict())
     torch.manual_seed(0)
     start = toys.unet().state_dict()
@@ -220,7 +205,9 @@ def test_resume_with_accumulation_goes_on_with_the_next_batches(tmp_path):
     for name, sessions in (("straight", [4]), ("resumed", [1, 4])):
         for max_steps in sessions:
             made = toys.objective("latent_diffusion").double()
-            trainer(tmp_path / name, max_steps=max_steps, accumulate=2).fit(made, cached(2), [])
+            trainer(tmp_path / name, max_steps=max_steps, accumulate=2).fit(
+                made, toys.cached(toys.Batches(2)), []
+            )
     straight, resumed = (state(tmp_path / name) for name in ("straight", "resumed"))
     assert resumed.pop("num_rows") == straight.pop("num_rows") + 1  # the validation at the end of step 1
     assert_same(straight, resumed)
