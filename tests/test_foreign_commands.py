@@ -123,7 +123,7 @@ def test_training_begins_with_a_checkpoints_networks_average_and_scale(checkpoin
     assert state["objective"]["latent_scale"] == foreign.LATENT_SCALE
     for name, tensor in foreign.networks()["unet"].state_dict().items():
         assert torch.equal(state["objective"][f"unet.{name}"], tensor)
-        assert torch.allclose(state["ema"]["shadow"][f"unet.{name}"], tensor, atol=1e-6)
+        assert torch.allclose(state["ema"][f"unet.{name}"], tensor, atol=1e-6)
     system = pretrained.load_system(tmp_path / "fine" / "weights")
     assert system.latent_scale == foreign.LATENT_SCALE
 
