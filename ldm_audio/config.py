@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ldm_audio import pretrained
 from ldm_audio.audio.io import resample_sinc
-from ldm_audio.data.loader import StepBatches, make_loader, sequential_batches, share_of
+from ldm_audio.data.loader import StepBatches, Unreadable, make_loader, sequential_batches, share_of
 from ldm_audio.data.tokenizers import load_tokenizer
 from ldm_audio.distributed import barrier, is_main, process_group, rank, world_size
 from ldm_audio.errors import InputError, RunError
@@ -270,15 +270,26 @@ def train_loader(cfg: DictConfig, data) -> Callable[[int], Iterable[dict]]:
             len(data), batch_size=cfg.batch_size, seed=cfg.seed, start_step=step, num_steps=NEVER_STOPS,
             rank=rank(), world_size=world_size(),
         )  # fmt: skip
-        return make_loader(data, batches, num_workers=cfg.num_workers)
+        return make_loader(data, batches, num_workers=cfg.num_workers, unreadable=unreadable)
 
+    unreadable = Unreadable(unreadable_clips(cfg, "train"))
     return from_step
 
 
 def val_loader(cfg: DictConfig, data) -> Iterable[dict]:
     """The same validation batches every time, of which each process has its share."""
     batches = sequential_batches(len(data), cfg.val_batch_size, cfg.val_items)
-    return make_loader(data, share_of(batches, rank=rank(), world_size=world_size()), num_workers=0)
+    return make_loader(
+        data,
+        share_of(batches, rank=rank(), world_size=world_size()),
+        num_workers=0,
+        unreadable=Unreadable(unreadable_clips(cfg, "val")),
+    )
+
+
+def unreadable_clips(cfg: DictConfig, split: str) -> Path:
+    """The file that lists what could not be read; other ranks than the first have one of their own."""
+    return Path(cfg.folder) / f"unreadable_{split}{f'_rank{rank()}' if rank() else ''}.json"
 
 
 def encode_data(overrides: Sequence[str]) -> None:

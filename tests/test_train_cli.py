@@ -310,12 +310,37 @@ def test_a_recording_without_samples_is_named(refused, tmp_path):
     assert "b.wav: empty, 0 samples" in refused("train.py", *run)
 
 
+@pytest.mark.slow
+def test_one_broken_file_in_a_hundred_does_not_stop_a_run_and_is_in_its_report(command, tmp_path):
+    sounds = tmp_path / "sounds"
+    run = recordings(sounds)
+    rng = np.random.default_rng(0)
+    names = [f"{i:04d}.wav" for i in range(2000)]
+    for name in names:
+        soundfile.write(sounds / name, rng.uniform(-0.5, 0.5, 2560), 16000)
+    for name in names[100::200]:  # found when the run begins
+        (sounds / name).write_bytes(b"no sound")
+    for name in names[::200]:  # found when they are read
+        soundfile.write(sounds / name, np.full(2560, np.nan), 16000, subtype="FLOAT")
+    (sounds / "train.csv").write_text("file_name,caption\n" + "".join(f"{name},noise\n" for name in names))
+    settings = ("data.num_samples=2560", "batch_size=100", "trainer.max_steps=20", "num_workers=1")
+    assert command("train.py", *run, *settings) == 0
+    folder = tmp_path / "runs" / "vae"
+    left_out = json.loads((folder / "left_out_train.json").read_text())
+    assert [entry["clip"] for entry in left_out] == names[100::200]
+    unreadable = json.loads((folder / "unreadable_train.json").read_text())
+    assert [Path(entry["reason"].split(": ")[0]).name for entry in unreadable] == names[::200]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-2]["step"] == 20 and rows[-2]["replaced_clips"] >= 10
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_recording_that_is_not_a_number_is_named(num_workers, refused, tmp_path):
+def test_a_recording_that_is_not_a_number_is_named_and_replaced(num_workers, command, tmp_path, caplog):
     run = recordings(tmp_path / "sounds", "file_name,caption\na.wav,a hum\nb.wav,a hum\n")
     bad = np.full(SAMPLES, np.nan, dtype=np.float32)
     soundfile.write(tmp_path / "sounds" / "b.wav", bad, 16000, subtype="FLOAT")
-    assert "b.wav: holds NaN or infinity" in refused("train.py", *run, f"num_workers={num_workers}")
+    assert command("train.py", *run, f"num_workers={num_workers}") == 0
+    assert caplog.text.count("b.wav: holds NaN or infinity; another clip takes its place") == 1
 
 
 def test_another_config_than_the_runs_is_refused_with_the_keys_that_differ(runs, refused):

@@ -158,6 +158,7 @@ def folder(
     csv: str = "metadata.csv",
     file_column: str = "file_name",
     caption_column: str = "caption",
+    report: str | Path | None = None,
     sample_rate: int,
     num_samples: int,
     seed: int,
@@ -172,7 +173,7 @@ def folder(
 
     mixup: mixes them; beats: the table of their beats, `beats.jsonl` in the folder for None.
     """
-    clips = folder_clips(path, csv=csv, file_column=file_column, caption_column=caption_column)
+    clips = folder_clips(path, csv=csv, file_column=file_column, caption_column=caption_column, report=report)
     return mixed_clips(
         clips,
         mixup=mixup,

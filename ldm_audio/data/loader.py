@@ -6,11 +6,14 @@ step n starts at n, two ranks see between them what one process with the doubled
 straddle epochs (data sets smaller than a batch work).
 """
 
+import json
+import logging
 import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +21,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ldm_audio.errors import InputError
+from ldm_audio.files import write_json
+
+logger = logging.getLogger(__name__)
+
+REPLACEMENT_TRIES = 20  # clips that are tried in the place of one before the data set counts as unreadable
+PREFETCH = 4  # batches that each worker keeps ready
 
 
 class ItemKey(NamedTuple):
@@ -110,24 +119,45 @@ def share_of(batches: list[list[ItemKey]], *, rank: int, world_size: int) -> lis
     return own
 
 
+class Unreadable:
+    """The clips that a run could not read: each named once and listed in the JSON file `path`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        listed = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        self.clips = {entry["index"]: entry["reason"] for entry in listed}
+
+    def note(self, index: int, reason: str) -> None:
+        """Names a clip that was not known as unreadable."""
+        if index in self.clips:
+            return
+        self.clips[index] = reason
+        logger.warning(f"{reason}; another clip takes its place (listed in {self.path})")
+        write_json(self.path, [{"index": i, "reason": text} for i, text in sorted(self.clips.items())])
+
+
 def make_loader(
     dataset: ClipData,
     batches: Iterable[Sequence[ItemKey]],
     *,
     num_workers: int,
     pin_memory: bool = False,
+    unreadable: Unreadable | None = None,
 ) -> DataLoader:
     """A DataLoader over `batches`, each a dict as `collate` makes it.
 
-    Workers persist from one pass to the next and run one torch thread each. An InputError raised in a worker
-    arrives here as the same InputError. Signals to the whole process group are left to the main process.
-    Iterating draws nothing from torch's global generator.
+    unreadable: where given, a clip that raises InputError is noted there and another, which its epoch and
+    index determine, takes its place under its item number; else the first InputError is raised, also one of a
+    worker. Workers persist from one pass to the next and run one torch thread each. Signals to the whole
+    process group are left to the main process. Iterating draws nothing from torch's global generator.
     """
     return Loader(
-        KeyedItems(dataset),
+        KeyedItems(dataset, replace=unreadable is not None),
+        unreadable,
         batch_sampler=batches,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
+        prefetch_factor=PREFETCH if num_workers else None,
         pin_memory=pin_memory,
         collate_fn=collate,
         worker_init_fn=outlive_group_signals,
@@ -152,47 +182,72 @@ def obey_parent() -> None:
     os._exit(0)
 
 
+class Read(NamedTuple):
+    """An item with the key it was read by, or the InputError in its place, and what could not be read."""
+
+    key: ItemKey
+    item: dict | InputError
+    failures: list[tuple[int, str]]
+
+
 class KeyedItems(Dataset):
-    """Items of a data set together with their keys; an InputError takes the item's place."""
+    """Items of a data set as `Read`; `replace` takes another clip for one that cannot be read."""
 
-    def __init__(self, dataset: ClipData):
+    def __init__(self, dataset: ClipData, *, replace: bool):
         self.dataset = dataset
+        self.tries = REPLACEMENT_TRIES if replace else 0
 
-    def __getitem__(self, key: ItemKey) -> tuple[ItemKey, dict | InputError]:
-        try:
-            return key, self.dataset[key]
-        except InputError as error:
-            return key, error
+    def __getitem__(self, key: ItemKey) -> Read:
+        draw = np.random.default_rng([key.epoch, key.index])
+        failures: list[tuple[int, str]] = []
+        place = key
+        while True:
+            try:
+                return Read(place, self.dataset[place], failures)
+            except InputError as error:
+                failures.append((place.index, str(error)))
+            if len(failures) > self.tries:
+                return Read(key, InputError(failures[0][1]), failures)
+            place = key._replace(index=int(draw.integers(len(self.dataset))))
 
 
 class Loader(DataLoader):
-    """Raises in the main process what `collate` passes on as a value.
+    """Raises in the main process what `collate` passes on as a value, and notes what it says of failures.
 
     A DataLoader re-raises a worker's exception with the worker's traceback as its message; a user's mistake
     is to stay one line.
     """
 
+    def __init__(self, dataset: KeyedItems, unreadable: Unreadable | None, **settings: Any):
+        super().__init__(dataset, **settings)
+        self.unreadable = unreadable
+
     def __iter__(self) -> Iterator[dict]:
         for batch in super().__iter__():
             if isinstance(batch, InputError):
                 raise InputError(str(batch))  # not `batch` itself: it and this frame would keep workers alive
+            for index, reason in batch.pop("failures"):
+                self.unreadable.note(index, reason)
             yield batch
 
 
-def collate(keyed_items: list[tuple[ItemKey, dict | InputError]]) -> dict | InputError:
+def collate(read: list[Read]) -> dict | InputError:
     """One dict of the batch: tensors stacked, anything else listed, and two int64 tensors (b,) added.
 
-    `item` holds the global item numbers, `index` the places in the data set. The first InputError among the
-    items is returned in place of a batch.
+    `item` holds the global item numbers, `index` the places in the data set; `failures` lists the clips that
+    others replace, `replaced` counts the rows with such a clip. The first InputError among the items is
+    returned in place of a batch.
     """
-    for _, item in keyed_items:
+    for _, item, _ in read:
         if isinstance(item, InputError):
             return item
-    keys, items = zip(*keyed_items)
+    keys, items, failures = zip(*read)
     batch = {name: stack_or_list([item[name] for item in items]) for name in items[0]}
     return batch | {
         "item": torch.tensor([key.item for key in keys], dtype=torch.int64),
         "index": torch.tensor([key.index for key in keys], dtype=torch.int64),
+        "failures": [failure for failed in failures for failure in failed],
+        "replaced": sum(bool(failed) for failed in failures),
     }
 
 

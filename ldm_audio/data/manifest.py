@@ -1,12 +1,11 @@
 """Which recordings with which captions: a folder with a CSV, or AudioCaps' own CSV with a folder of audio.
 
 Several rows of one file are several captions of it. In a folder, whose files and rows are the user's own, a
-bad row is an error. AudioCaps is downloaded clip by clip and some of its videos are gone for good, so there
-what cannot be used is counted, listed in a report, and left out.
+bad row is an error; so are unreadable files, unless they are few. AudioCaps is downloaded clip by clip and
+some of its videos are gone for good, so there what cannot be used is counted, listed, and left out.
 """
 
 import csv as csv_format
-import json
 import logging
 import os
 import string
@@ -15,10 +14,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from ldm_audio.audio.io import AudioInfo, probe
 from ldm_audio.errors import InputError
+from ldm_audio.files import write_json
 
 logger = logging.getLogger(__name__)
+
+TOLERATED = 0.05  # share of a folder's files that may be unreadable
 
 AUDIOCAPS_COLUMNS = ("audiocap_id", "youtube_id", "start_time", "caption")
 
@@ -66,12 +70,19 @@ class Report:
 
 
 def folder_clips(
-    path: str | Path, *, csv: str, file_column: str = "file_name", caption_column: str = "caption"
+    path: str | Path,
+    *,
+    csv: str,
+    file_column: str = "file_name",
+    caption_column: str = "caption",
+    report: str | Path | None = None,
 ) -> list[Clip]:
     """The clips of `path`/`csv`, in the order of their first rows; file names are relative to `path`.
 
-    Raises InputError for a folder or CSV that is missing or empty, a missing column, an empty caption, and a
-    file that is missing or unreadable, each with its line.
+    Every header is read, which a bar shows where it takes more than a few seconds. Files that are missing or
+    unreadable are left out, logged and listed as JSON in `report` where they are few, at most `TOLERATED` of
+    all. Raises InputError where they are more, with the first one's line, and for a folder or CSV that is
+    missing or empty, a missing column, and an empty caption.
     """
     root = Path(path)
     if not root.is_dir():
@@ -81,19 +92,38 @@ def folder_clips(
     table = root / csv
     captions: dict[str, list[str]] = {}
     clips: dict[str, tuple[AudioInfo, dict[str, str]]] = {}
-    for line, values in read_rows(table, (file_column, caption_column)):
+    bad: dict[str, InputError] = {}
+    rows = read_rows(table, (file_column, caption_column))
+    for line, values in tqdm(rows, desc=f"headers of {table.name}", delay=5, dynamic_ncols=True, leave=False):
         name, caption = values.pop(file_column).strip(), values.pop(caption_column).strip()
         if not name:
             raise InputError(f"{table}: line {line}: empty {file_column}")
         if not caption:
             raise InputError(f"{table}: line {line}: empty {caption_column} of {name}")
-        if name not in clips:
+        if name not in clips and name not in bad:
             try:
                 clips[name] = probe(root / name), values
             except InputError as error:
-                raise InputError(f"{table}: line {line}: {error}") from error
+                bad[name] = InputError(f"{table}: line {line}: {error}")
         captions.setdefault(name, []).append(caption)
+    if bad:
+        tell_unreadable(table, bad, len(captions), report)
     return [Clip(root / name, tuple(captions[name]), info, extra) for name, (info, extra) in clips.items()]
+
+
+def tell_unreadable(
+    table: Path, bad: dict[str, InputError], num_files: int, report: str | Path | None
+) -> None:
+    """Logs and lists the files that cannot be used, or raises the first one's error where they are many."""
+    first = next(iter(bad.values()))
+    if len(bad) > TOLERATED * num_files:
+        more = f" (and {len(bad) - 1} more of {num_files} files)" if len(bad) > 1 else ""
+        raise InputError(f"{first}{more}")
+    told = f"{len(bad)} of {num_files} files are left out, the first: {first}"
+    if report is not None:
+        write_json(report, [{"clip": name, "reason": str(error)} for name, error in bad.items()])
+        told += f"; listed in {report}"
+    logger.warning(told)
 
 
 def audiocaps_clips(
@@ -132,7 +162,7 @@ def audiocaps_clips(
     outcome.hours = hours(usable)
     told = f"{csv}: {outcome.summary()} under {audio_root}"
     if report is not None:
-        write_report(Path(report), outcome)
+        write_json(report, asdict(outcome))
         told += f", listed in {report}"
     if not usable:
         raise InputError(f"{told}; expected files named {' or '.join(patterns)}")
@@ -216,11 +246,3 @@ def find_clip(
         outcome.unreadable.append({"clip": name, "reason": str(error)})
         return None
     return Clip(path, (), info, {column: value for column, value in values.items() if column != "caption"})
-
-
-def write_report(path: Path, report: Report) -> None:
-    """Writes the report as JSON, whole or not at all; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

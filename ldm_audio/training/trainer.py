@@ -172,7 +172,7 @@ class Trainer:
         self.base_lr = {name: opt.param_groups[0]["lr"] for name, opt in self.optimizers.items()}
         self.ema = EMA(objective.averaged(), decay=self.ema_decay)
         self.step, self.best, self.bad_steps, self.skipped, self.num_rows = 0, math.inf, 0, 0, 0
-        self.validation_due = False
+        self.replaced, self.validation_due = 0, False
         self._seed_rank()
         if self.last.exists():
             self._restore(load_checkpoint(self.last, self.objective.learned_state()))
@@ -192,6 +192,7 @@ class Trainer:
             before = time.perf_counter()
             micro_batches = list(islice(batches, self.accumulate))
             waited += time.perf_counter() - before
+            self.replaced += sum(batch.get("replaced", 0) for batch in micro_batches)
             logs = self._train_step(micro_batches)
             self.step += 1
             self.bar.update()
@@ -202,6 +203,7 @@ class Trainer:
                     "waiting_share": waited / elapsed,
                     "peak_memory_gb": peak_memory(self.device),
                     "skipped_steps": self.skipped,
+                    "replaced_clips": self._replaced_everywhere(),
                 }
                 self._log(logs)
                 since, waited = time.perf_counter(), 0.0
@@ -285,6 +287,11 @@ class Trainer:
         self.bar.set_postfix(dict(islice(shown.items(), 4)), refresh=False)
         self.logged_step = self.step
 
+    def _replaced_everywhere(self) -> int:
+        """Items so far, over all ranks, whose own clip could not be read."""
+        replaced = torch.tensor(float(self.replaced), dtype=torch.float64)
+        return round(float(distributed.mean_over_ranks(replaced)) * distributed.world_size())
+
     def _steps_since_log(self) -> int:
         return self.step - self.logged_step
 
@@ -362,6 +369,7 @@ class Trainer:
             "step": self.step,
             "best": self.best,
             "skipped": self.skipped,
+            "replaced": self._replaced_everywhere(),
             "validation_due": self.validation_due,
             "num_rows": self.metrics.num_rows if distributed.is_main() else 0,
             "ema_updates": self.ema.updates,
@@ -392,6 +400,7 @@ class Trainer:
         self.ema.load_state_dict({"updates": state["ema_updates"], "shadow": state.get("ema", {})})
         self.step, self.best, self.skipped = state["step"], state["best"], state["skipped"]
         self.validation_due, self.num_rows = state["validation_due"], state["num_rows"]
+        self.replaced = state["replaced"] if distributed.is_main() else 0
         if len(state["rng"]) == distributed.world_size():
             set_rng_state(state["rng"][distributed.rank()], self.device)
         else:

@@ -1,5 +1,6 @@
 """The step-addressed sampler and the loader: order, resumption, ranks, collation, errors, randomness."""
 
+import json
 from itertools import chain, islice
 
 import numpy as np
@@ -8,7 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm_audio.data.loader import ItemKey, StepBatches, make_loader, sequential_batches
+from ldm_audio.data.loader import (
+    ItemKey,
+    StepBatches,
+    Unreadable,
+    make_loader,
+    sequential_batches,
+    share_of,
+)
 from ldm_audio.errors import InputError
 
 
@@ -144,6 +152,44 @@ def test_a_users_mistake_in_a_worker_stays_one_line(num_workers):
         list(loader)
     assert str(caught.value) == "2.wav: broken"
     del caught  # its traceback holds the loader, whose workers end with it
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_broken_clip_is_replaced_the_same_way_by_any_worker_and_named_once(num_workers, tmp_path, caplog):
+    unreadable = Unreadable(tmp_path / "unreadable.json")
+    keys = [[ItemKey(epoch, index, 9 * epoch + index) for index in (1, 2, 3)] for epoch in range(4)]
+    loader = make_loader(Toy(5, broken=2), keys, num_workers=num_workers, unreadable=unreadable)
+    batches = list(loader)
+    assert [batch["item"].tolist() for batch in batches] == [[key.item for key in row] for row in keys]
+    places = [batch["index"].tolist() for batch in batches]
+    chosen = [np.random.default_rng([epoch, 2]) for epoch in range(4)]
+    for (one, other, three), draw in zip(places, chosen):
+        expected = next(index for index in draw.integers(5, size=20).tolist() if index != 2)
+        assert (one, other, three) == (1, expected, 3)
+    assert [batch["replaced"] for batch in batches] == [1, 1, 1, 1]
+    assert caplog.text.count("2.wav: broken; another clip takes its place") == 1
+    again = Unreadable(tmp_path / "unreadable.json")  # as a run that goes on does
+    again.note(2, "2.wav: broken")
+    assert json.loads((tmp_path / "unreadable.json").read_text()) == [{"index": 2, "reason": "2.wav: broken"}]
+    assert caplog.text.count("2.wav") == 1
+
+
+def test_a_data_set_of_broken_clips_is_an_error(tmp_path):
+    unreadable = Unreadable(tmp_path / "unreadable.json")
+    loader = make_loader(
+        Toy(1, broken=0), sequential_batches(1, 1, None), num_workers=0, unreadable=unreadable
+    )
+    with pytest.raises(InputError, match=r"0\.wav: broken"):
+        list(loader)
+
+
+def test_ranks_share_validation_batches_evenly():
+    batches = sequential_batches(9, 2, None)
+    shares = [share_of(batches, rank=rank, world_size=2) for rank in range(2)]
+    assert [len(share) for share in shares] == [3, 3]
+    assert shares[0] == batches[::2] and shares[1][:2] == batches[1::2]
+    assert shares[1][2] == [ItemKey(0, 0, -1), ItemKey(0, 1, -1)]  # computed, and not counted
+    assert share_of(batches, rank=0, world_size=1) == batches
 
 
 def test_a_bug_is_no_users_mistake():

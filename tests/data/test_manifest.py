@@ -103,6 +103,25 @@ def test_every_mistake_in_a_folder_is_one_line_that_names_it(tmp_path, text, mes
     assert str(tmp_path / "metadata.csv") in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("num_bad", [1, 2])
+def test_a_few_bad_files_of_a_folder_are_left_out_and_listed_and_more_are_an_error(num_bad, tmp_path, caplog):
+    names = [f"{i:02d}.wav" for i in range(20)]
+    for name in names[num_bad:]:
+        sound(tmp_path / name)
+    (tmp_path / names[0]).write_text("no sound")
+    (tmp_path / "x.csv").write_text("file_name,caption\n" + "".join(f"{name},a hum\n" for name in names))
+    report = tmp_path / "left_out.json"
+    if num_bad == 2:
+        with pytest.raises(InputError, match=r"line 2: .*00\.wav: not a.* \(and 1 more of 20 files\)"):
+            folder_clips(tmp_path, csv="x.csv", report=report)
+        assert not report.exists()
+        return
+    assert [clip.path.name for clip in folder_clips(tmp_path, csv="x.csv", report=report)] == names[1:]
+    (entry,) = json.loads(report.read_text())
+    assert entry["clip"] == "00.wav" and "not a readable audio file" in entry["reason"]
+    assert "1 of 20 files are left out, the first:" in caplog.text and "left_out.json" in caplog.text
+
+
 def test_an_absent_and_an_empty_folder_are_told_apart(tmp_path):
     with pytest.raises(InputError, match="absent: no such folder"):
         folder_clips(tmp_path / "absent", csv="metadata.csv")
