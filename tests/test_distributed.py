@@ -3,8 +3,10 @@
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,11 +20,17 @@ from ldm_audio.training.checkpoint import load_checkpoint
 TESTS = Path(__file__).parent
 
 
-def torchrun(*arguments: object, cwd: Path = TESTS) -> subprocess.CompletedProcess:
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
+
+
+def torchrun_command(*arguments: object) -> list[str]:
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    command = [sys.executable, *launch, *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    return [sys.executable, *launch, *map(str, arguments)]
+
+
+def torchrun(*arguments: object, cwd: Path = TESTS) -> subprocess.CompletedProcess:
+    command = torchrun_command(*arguments)
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
 
 
 slow = pytest.mark.slow
@@ -135,6 +143,75 @@ def test_a_sharded_checkpoint_is_continued_in_one_process(one, two):
     ranks.train(folder, "latent_diffusion", strategy="none", max_steps=5)
     rows = [row for row in losses(folder) if not (row["step"] == 3 and "val/loss" in row)]
     assert_equal_losses(rows, losses(one("latent_diffusion")))
+
+
+VAE_RUN = (
+    "objective=vae", "vae=small", "vae.channels=8", "vae.channel_mults=[1,2]", "vae.norm_groups=4",
+    "discriminator=patch_small", "discriminator.channels=4", "objective.adversarial_start=1",
+    "data=synthetic", "data.num_samples=10240", "data.train.size=8", "data.val.size=3", "num_workers=0",
+    "val_items=3", "val_batch_size=1", "trainer.log_every=1", "trainer.prepare_batches=1", "run=vae",
+)  # fmt: skip
+
+
+@slow
+def test_the_entry_point_trains_in_two_processes_and_goes_on_in_one(command, tmp_path, capsys):
+    train = (TESTS.parent / "train.py", *VAE_RUN)
+    for name, max_steps in (("two", 2), ("two", 3)):
+        run = (f"runs={tmp_path / name}", "batch_size=1", f"trainer.max_steps={max_steps}")
+        done = torchrun(*train, *run, "trainer.strategy=ddp", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    alone = (*VAE_RUN, "batch_size=2", "trainer.max_steps=3")
+    assert command("train.py", *alone, f"runs={tmp_path / 'one'}") == 0
+    (metrics,) = (tmp_path / "two").rglob("metrics.jsonl")
+    rows, expected = losses(metrics.parent), losses(tmp_path / "one" / "vae")
+    assert [row["step"] for row in rows] == [1, 2, 2, 3, 3]
+    del rows[2]  # the validation at the end of the first session
+    for row, other in zip(rows, expected, strict=True):
+        assert row == pytest.approx(other, rel=1e-3, abs=1e-5)  # float32
+    # the same items a step in another number of processes
+    assert command("train.py", *alone, f"runs={tmp_path / 'two'}", "trainer.max_steps=4") == 0
+    assert [row["step"] for row in losses(metrics.parent)][-2:] == [4, 4]
+    capsys.readouterr()
+    assert command("train.py", *alone, f"runs={tmp_path / 'two'}", "batch_size=1") == 2
+    assert "batch_size: 2 -> 1" in capsys.readouterr().err
+
+
+@slow
+def test_two_processes_tell_an_error_once_and_stop_together_at_a_signal(tmp_path):
+    train = (TESTS.parent / "train.py", *VAE_RUN, f"runs={tmp_path}", "trainer.strategy=ddp", "batch_size=1")
+    done = torchrun(*train, "trainer.precision=fp16", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("error: trainer.precision=fp16: expected fp32 or bf16") == 1
+    assert "ldm_audio/" not in done.stderr  # no traceback of ours
+
+    launched = subprocess.Popen(
+        torchrun_command(*train, "trainer.max_steps=100000"), cwd=tmp_path, env=ENVIRONMENT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    metrics = tmp_path / "vae" / "metrics.jsonl"
+    try:
+        deadline = time.monotonic() + 300
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+            assert time.monotonic() < deadline and launched.poll() is None, launched.communicate()
+            time.sleep(0.1)
+        launched.send_signal(signal.SIGTERM)
+        out, err = launched.communicate(timeout=120)
+    finally:
+        launched.kill()
+    assert "stopped at step" in out, err
+    last = load_checkpoint(tmp_path / "vae" / "checkpoints" / "last.pt")
+    assert last["step"] == json.loads(metrics.read_text().splitlines()[-1])["step"]
+
+
+@slow
+def test_what_does_not_fit_together_is_refused(command, tmp_path, capsys):
+    run = (*VAE_RUN, f"runs={tmp_path}")
+    assert command("train.py", *run, "trainer.strategy=ddp") == 2
+    assert "trainer.strategy=ddp: start it by torchrun" in capsys.readouterr().err
+    assert command("train.py", *run, "trainer.strategy=fsdp") == 2
+    assert "trainer.strategy=fsdp: expected none, ddp, fsdp2" in capsys.readouterr().err
+    done = torchrun(TESTS.parent / "train.py", *run, "trainer.strategy=fsdp2", cwd=tmp_path)
+    assert done.stderr.count("error: trainer.strategy=fsdp2: VAEObjective has adversaries; use ddp") == 1
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 5, 1), (3, 4, 1, 5), (3, 4, 5, 6), (3, 4, 1, 1)])

@@ -247,6 +247,71 @@ def test_a_terminated_run_exits_with_the_signals_code_and_loses_nothing(tmp_path
     assert last["step"] == json.loads(metrics.read_text().splitlines()[-1])["step"]
 
 
+@pytest.mark.slow
+def test_a_compiled_run_has_the_losses_of_a_plain_one(command, tmp_path):
+    rows = {}
+    for name in ("plain", "compiled"):
+        run = (
+            *VAE_RUN,
+            f"runs={tmp_path}",
+            f"run={name}",
+            f"trainer.compile={str(name == 'compiled').lower()}",
+        )
+        assert command("train.py", *run) == 0
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        rows[name] = [
+            {k: v for k, v in json.loads(line).items() if k.startswith(("train/", "val/"))} for line in lines
+        ]
+    for plain, compiled in zip(rows["plain"], rows["compiled"], strict=True):
+        assert compiled == pytest.approx(plain, rel=1e-3, abs=1e-4)
+    weights = load(str(tmp_path / "compiled" / "weights" / "vae.safetensors"))
+    assert weights.recipe["channels"] == 8
+
+
+@pytest.mark.slow
+def test_tensorboard_and_an_offline_wandb_run_hold_metrics_pictures_and_sounds(
+    command, tmp_path, monkeypatch
+):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    run = (*STAGES["vocoder"], *BRIEF, f"runs={tmp_path}", "run=logged", "logger=[tensorboard,wandb]")
+    assert command("train.py", *run) == 0
+    folder = tmp_path / "logged"
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    ((step, value),) = [(event.step, event.value) for event in events.Scalars("val/mel")]
+    assert step == 2 and value == pytest.approx(last["val/mel"], rel=1e-5)
+    assert "mel/0_real" in events.Tags()["images"] and "audio/0_vocoded" in events.Tags()["audio"]
+
+    (offline,) = (folder / "wandb").glob("offline-run-*")
+    media = offline / "files" / "media"
+    assert list(media.rglob("mel/0_vocoded_*.png")) and list(media.rglob("audio/0_vocoded_*.wav"))
+    history = [record.history for record in wandb_records(next(offline.glob("*.wandb")))]
+    values = {(item.key or item.nested_key[0]): item.value_json for row in history for item in row.item}
+    assert float(values["val/mel"]) == pytest.approx(last["val/mel"], rel=1e-6)
+
+
+def wandb_records(path: Path) -> list:
+    """The records of an offline run: protobufs in blocks of 32 KiB, each piece behind a 7-byte header."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, pieces, records = path.read_bytes(), 7, b"", []
+    while place + 7 <= len(content):
+        if 32768 - place % 32768 < 7:  # no header fits into the rest of the block
+            place += 32768 - place % 32768
+            continue
+        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        pieces += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            records.append(Record.FromString(pieces))
+            pieces = b""
+    return records
+
+
 # --- bad input ---------------------------------------------------------------------------------------------
 
 
