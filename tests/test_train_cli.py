@@ -269,9 +269,7 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_tensorboard_and_an_offline_wandb_run_hold_metrics_pictures_and_sounds(
-    command, tmp_path, monkeypatch
-):
+def test_tensorboard_and_offline_wandb_hold_metrics_pictures_and_sounds(command, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.delenv("WANDB_MODE", raising=False)
