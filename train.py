@@ -1,5 +1,7 @@
 """Trains one stage: `python train.py experiment=NAME key=value ...`; the same command again continues it."""
 
+from pathlib import Path
+
 import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -15,6 +17,7 @@ def main(cfg: DictConfig) -> float:
         train_data, val_data = instantiate(cfg.data.train), instantiate(cfg.data.val)
         objective = config.build_objective(cfg, train_data.captions())
         config.check_latents(objective, [train_data, val_data])
+        config.check_frozen(objective, Path(cfg.folder))
         trainer = config.build_trainer(cfg, device)
         return trainer.fit(objective, config.train_loader(cfg, train_data), config.val_loader(cfg, val_data))
 

@@ -1,6 +1,7 @@
 """The Hydra glue: a run's folder, its config on disk, and the parts that a config names, built and joined."""
 
 import functools
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -210,6 +211,26 @@ def check_front_ends(objective: Objective, cfg: DictConfig) -> None:
         differing = differences(trained, plain(cfg.audio)) if trained else []
         if differing:
             raise InputError(f"{name} was trained on another audio front end ({'; '.join(differing)})")
+
+
+def check_frozen(objective: Objective, folder: Path) -> None:
+    """InputError where a run would go on with other frozen weights than it began with.
+
+    Their hashes lie in `frozen.json`; so the copies in the run's system are never stale.
+    """
+    parts = {name: getattr(objective, name) for name in objective.frozen}
+    hashes = {name: state_hash(part) for name, part in parts.items() if part is not None}
+    path = folder / "frozen.json"
+    if path.exists() and (folder / "checkpoints" / "last.pt").exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = sorted(
+            name for name in hashes.keys() | before.keys() if hashes.get(name) != before.get(name)
+        )
+        if changed:
+            raise InputError(f"{folder}: began with other weights of {', '.join(changed)}: choose run=NAME")
+    barrier()
+    if is_main():
+        write_json(path, hashes)
 
 
 def check_latents(objective: Objective, data_sets: Sequence) -> None:

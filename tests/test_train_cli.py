@@ -430,6 +430,19 @@ def test_latents_of_other_networks_are_refused(runs, refused, tmp_path):
     assert "ContrastiveObjective learns from sound" in refused("train.py", *clap, *run)
 
 
+def test_a_run_whose_frozen_parts_were_exchanged_is_refused(runs, command, capsys, tmp_path):
+    vae = load(str(runs / "vae" / "weights" / "vae.safetensors"))
+    own = tmp_path / "vae.safetensors"
+    save_network(vae, own, recipe=vae.recipe, provenance=vae.provenance)
+    parts = (*part_paths(runs), f"vae.path={own}")
+    run = (*STAGES["unet"], *BRIEF, *SHORT_CLIPS, *parts, f"runs={tmp_path}", "run=ldm")
+    assert command("train.py", *run) == 0
+    vae.quant_conv.bias[0] += 1
+    save_network(vae, own, recipe=vae.recipe, provenance=vae.provenance)
+    assert command("train.py", *run, "trainer.max_steps=3") == 2
+    assert "began with other weights of vae: choose run=NAME" in capsys.readouterr().err
+
+
 def test_a_part_of_the_wrong_kind_is_refused(runs, refused, tmp_path):
     wrong = f"vae.path={runs}/clap/weights/clap.safetensors"
     run = (*STAGES["unet"], *BRIEF, *SHORT_CLIPS, *part_paths(runs), wrong, f"runs={tmp_path}")
