@@ -33,6 +33,9 @@ class Objective(nn.Module):
     accumulable = False
     """Whether the mean of the losses of two half batches is the loss of the whole batch."""
 
+    strategies: tuple[str, ...] = ()
+    """How several processes may train it: those in which n have the losses of one with the n-fold batch."""
+
     monitor = "val/loss"
     """The validation metric that picks the best checkpoint; smaller is better."""
 

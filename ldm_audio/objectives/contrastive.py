@@ -19,6 +19,8 @@ class ContrastiveObjective(Objective):
     `mask_duplicates` leaves pairs with an equal caption out of the negatives, which they are not.
     """
 
+    strategies = ("ddp", "fsdp2")
+
     def __init__(self, *, clap: nn.Module, tokenizer: Callable, mask_duplicates: bool):
         super().__init__()
         self.clap = clap.requires_grad_(True)  # one from a weights file is frozen

@@ -44,6 +44,7 @@ class LatentDiffusionObjective(Objective):
     """
 
     accumulable = True
+    strategies = ("ddp", "fsdp2")
 
     def __init__(
         self,

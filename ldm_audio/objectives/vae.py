@@ -24,6 +24,8 @@ class VAEObjective(Objective):
     `perceptual(mel, target) -> (b,)`: LPIPS where its weights are at hand, else a multi-resolution mel term.
     """
 
+    strategies = ("ddp",)
+
     def __init__(
         self,
         *,

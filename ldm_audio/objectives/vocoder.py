@@ -18,6 +18,7 @@ class VocoderObjective(Objective):
     """
 
     monitor = "val/mel"
+    strategies = ("ddp",)
 
     def __init__(
         self,

@@ -148,6 +148,10 @@ class Trainer:
         check_players(objective)
         if self.accumulate > 1 and not objective.accumulable:
             raise InputError(f"trainer.accumulate={self.accumulate}: {type(objective).__name__} takes only 1")
+        if self.strategy not in ("none", *objective.strategies):
+            known = ", ".join(("none", *objective.strategies))
+            name = type(objective).__name__
+            raise InputError(f"trainer.strategy={self.strategy}: {name} can be trained by {known}")
         self.objective = objective.to(self.device).train()
         for network in objective.networks().values():
             if self.activation_checkpointing and hasattr(network, "set_activation_checkpointing"):
@@ -158,9 +162,6 @@ class Trainer:
         if self.strategy == "ddp":
             objective.wrapped = {network: distributed.replicate(network) for network in self.learning}
         if self.strategy == "fsdp2":
-            if len(objective.players()) > 1:
-                name = type(objective).__name__
-                raise InputError(f"trainer.strategy=fsdp2: {name} has adversaries; use ddp")
             for network in self.learning:
                 distributed.shard(network)
         self.players = objective.players()
