@@ -335,7 +335,7 @@ def _render_beat(
 ) -> Clip:
     period = 60.0 / float(attributes["tempo"])
     per_bar = BEATS_PER_BAR[attributes["metre"]]
-    first = rng.uniform(0.03, 0.08)  # as a loop is cut: shortly before a bar
+    first = rng.uniform(0.03, 0.2)  # the clip begins shortly before a bar
     times = np.arange(first, num_samples / sample_rate, period)
 
     drums = {True: _kick(rng, sample_rate), False: _tick(attributes["drum"], rng, sample_rate)}
