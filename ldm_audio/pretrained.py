@@ -22,7 +22,7 @@ from ldm_audio.audio.mel import LogMel
 from ldm_audio.convert.parts import Part, Source, located
 from ldm_audio.convert.rules import Rule
 from ldm_audio.convert.sources import local, open_source
-from ldm_audio.convert.stored import open_safetensors, read_json
+from ldm_audio.convert.stored import open_safetensors, read_json, write_safetensors
 from ldm_audio.data.speech_tokenizer import SpeechTokenizer
 from ldm_audio.data.tokenizers import Tokenizer, load_tokenizer
 from ldm_audio.diffusion.schedule import Schedule
