@@ -16,6 +16,7 @@ import hydra
 import torch
 from hydra.errors import InstantiationException
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ldm_audio import speech_system
 from ldm_audio.audio.mel import LogMel
@@ -168,13 +169,23 @@ def state_of(part: Part) -> dict[str, Tensor]:
     return build(part.recipe, source=part.origin).state_dict()
 
 
+class WithoutInit(TorchFunctionMode):
+    """Skips what fills new parameters: on the meta device there is nothing to fill, and it takes seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def build(recipe: dict, *, source: str) -> nn.Module:
     """Instantiates a recipe on the meta device after checking every `_target_` in it."""
     if not isinstance(recipe, dict) or "_target_" not in recipe:
         raise InputError(f"{source}: its recipe names no network")
     check_targets(recipe, source)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), WithoutInit():
             network = hydra.utils.instantiate(recipe, _convert_="all")
     except (InstantiationException, RuntimeError, ValueError, TypeError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 import ldm_audio
 from ldm_audio.audio.io import read_audio, write_wav
@@ -161,6 +162,25 @@ def test_a_system_makes_sounds_pictures_and_a_page(runs, command, tmp_path):
     assert command("sample.py", *arguments) == 0
     (row,) = (json.loads(line) for line in (again / "samples.jsonl").read_text().splitlines())
     assert row["prompt"] == "rain"
+
+
+def test_a_recording_is_edited_and_varied_by_the_command(runs, command, tmp_path):
+    recording = 0.3 * torch.sin(torch.arange(16000) * 0.2)
+    write_wav(tmp_path / "in.wav", recording, 16000, subtype="FLOAT")
+    common = (f"weights={runs}/ldm/weights", "num_steps=2", f"edit.path={tmp_path}/in.wav")
+    mask = ("edit=inpainting", "edit.mask=[[0.2,0.5]]", "prompt=rain", f"out={tmp_path}/filled")
+    assert command("sample.py", *common, *mask) == 0
+    (row,) = (json.loads(line) for line in (tmp_path / "filled" / "samples.jsonl").read_text().splitlines())
+    filled, _ = read_audio(tmp_path / "filled" / row["file"])
+    kept = [*range(3200), *range(8000, 16000)]
+    assert filled.shape == (1, 16000) and row["edit"]["mask"] == [[0.2, 0.5]]
+    assert np.abs(filled[0][kept] - recording.numpy()[kept]).max() < 1e-4  # 16 bits
+
+    varied = ("edit=variation", "num_waveforms_per_prompt=2", f"out={tmp_path}/varied")
+    assert command("sample.py", *common, *varied) == 0
+    rows = [json.loads(line) for line in (tmp_path / "varied" / "samples.jsonl").read_text().splitlines()]
+    assert [row["rank"] for row in rows] == [0, 1] and rows[0]["score"] >= rows[1]["score"]
+    assert rows[0]["audio_prompt"].endswith("in.wav") and set(rows[0]["weights"]) > {"unet", "vae", "clap"}
 
 
 def test_latents_hold_both_splits_and_say_who_made_them(runs):
@@ -461,6 +481,26 @@ def test_a_part_of_the_wrong_kind_is_refused(runs, refused, tmp_path):
         (("weights={runs}/ldm/weights", "prompts=no/file.txt"), "prompts=no/file.txt: no such file"),
         (("weights={runs}/ldm/weights", "prompts={tmp}/blank.txt"), "blank.txt: expected one prompt a line"),
         (("weights={runs}/ldm/weights", "prompt=rain", "num_steps=0"), "num_steps=0: expected 1 to 1000"),
+        (
+            ("weights={runs}/ldm/weights", "prompt=rain", "num_steps=1001"),
+            "num_steps=1001: expected 1 to 1000",
+        ),
+        (("weights={runs}/ldm/weights", "prompt=[]"), "prompt=[]: expected a text, or a list"),
+        (("weights={runs}/ldm/weights", "prompt=rain", "precision=fp8"), "precision='fp8'"),
+        (("weights={runs}/ldm/weights", "prompt=rain", "device=abacus"), "device=abacus"),
+        (
+            ("weights={runs}/ldm/weights", "audio_prompt={tmp}/blank.txt"),
+            "blank.txt: not a readable audio file",
+        ),
+        (
+            ("weights={runs}/ldm/weights", "edit=style_transfer", "edit.path=x.wav", "edit.strength=1.5"),
+            "strength=1.5: expected more than 0 and at most 1",
+        ),
+        (("weights={runs}/ldm/weights", "edit=inpainting", "edit.path=x.wav"), "no value for edit.mask"),
+        (
+            ("weights={runs}/ldm/weights", "edit=variation", "edit.path={tmp}/none.wav"),
+            "none.wav: no such file",
+        ),
         (("weights={runs}/ldm/weights", "prompt=rain", "duration=0"), "duration=0"),
         (("weights={runs}/nowhere", "prompt=rain"), "nowhere"),
         (("weights={runs}/vae", "prompt=rain"), "vae: holds no system.json"),

@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm_audio.layers import GEGLU, Attention, Level, ResBlock, TimeEmbedding, zero_init
+from ldm_audio.layers import GEGLU, Attention, Level, ResBlock, TimeEmbedding, UpsampleConv, zero_init
 
 
 class TransformerLayer(nn.Module):
@@ -185,7 +185,7 @@ class UNet(nn.Module):
             for _ in range(num_res_blocks + 1):
                 blocks.append(block(width + skip_widths.pop(), widths[level], heads[level]))
                 width = widths[level]
-            resample = nn.Conv2d(width, width, 3, padding=1) if level > 0 else None
+            resample = UpsampleConv(width) if level > 0 else None
             self.up.append(Level(blocks=blocks, resample=resample))
 
         self.norm_out = nn.GroupNorm(norm_groups, width, eps=1e-5)
@@ -241,7 +241,7 @@ class UNet(nn.Module):
                 h = run(block, torch.cat([h, skips.pop()], dim=1))
             if level.resample is not None:
                 # Twice the size, or one less where halving rounded up: the skip knows.
-                h = level.resample(F.interpolate(h, size=skips[-1].shape[-2:], mode="nearest"))
+                h = level.resample(h, skips[-1].shape[-2:])
 
         return self.conv_out(F.silu(self.norm_out(h)))
 
