@@ -16,7 +16,7 @@ def main(cfg: DictConfig) -> float:
     with config.opened_run(cfg) as device:
         train_data, val_data = instantiate(cfg.data.train), instantiate(cfg.data.val)
         objective = config.build_objective(cfg, train_data.captions())
-        config.check_latents(objective, [train_data, val_data])
+        config.check_latents(objective, [train_data, val_data], cfg)
         config.check_frozen(objective, Path(cfg.folder))
         trainer = config.build_trainer(cfg, device)
         return trainer.fit(objective, config.train_loader(cfg, train_data), config.val_loader(cfg, val_data))

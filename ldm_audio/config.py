@@ -18,14 +18,14 @@ from tqdm import tqdm
 
 from ldm_audio import pretrained
 from ldm_audio.audio.io import resample_sinc
-from ldm_audio.data.loader import StepBatches, Unreadable, make_loader, sequential_batches, share_of
+from ldm_audio.data.loader import ItemKey, StepBatches, Unreadable, make_loader, sequential_batches, share_of
 from ldm_audio.data.tokenizers import load_tokenizer
 from ldm_audio.distributed import barrier, is_main, process_group, rank, world_size
 from ldm_audio.errors import InputError, RunError
 from ldm_audio.evaluation.retrieval import retrieval
 from ldm_audio.files import write_json, write_text
 from ldm_audio.objectives.base import Objective
-from ldm_audio.pipelines.encode import encode, state_hash
+from ldm_audio.pipelines.encode import Encoder, encode, settings_hash, state_hash
 from ldm_audio.training.trainer import Trainer
 
 FREE_ON_RESUME = {
@@ -233,16 +233,23 @@ def check_frozen(objective: Objective, folder: Path) -> None:
         write_json(path, hashes)
 
 
-def check_latents(objective: Objective, data_sets: Sequence) -> None:
-    """InputError where cached latents were made by other networks than the objective's frozen ones."""
-    made_by = {item for data in data_sets for item in getattr(data, "encoders", {}).items()}
-    for name, digest in sorted(made_by):
-        if name not in objective.frozen:
-            raise InputError(
-                f"data=latents: {type(objective).__name__} learns from sound, not from cached latents"
-            )
-        if digest != state_hash(getattr(objective, name)):
-            raise InputError(f"the latents at data.path were made by another {name} than that of {name}.path")
+def check_latents(objective: Objective, data_sets: Sequence, cfg: DictConfig) -> None:
+    """InputError where cached latents were made by other networks or another front end than this run's."""
+    cached = [data.encoders for data in data_sets if hasattr(data, "encoders")]
+    if not cached:
+        return
+    if not {"vae", "clap"} <= set(objective.frozen):
+        raise InputError(
+            f"data=latents: {type(objective).__name__} learns from sound, not from cached latents"
+        )
+    ours = latents_made_by(cfg, vae=objective.vae, clap=objective.clap)
+    for encoders in cached:
+        for name, digest in ours.items():
+            if encoders.get(name) != digest:
+                raise InputError(
+                    f"the latents at data.path were made by another {name} than this run's "
+                    f"(hash {encoders.get(name)}, here {digest}): encode again"
+                )
 
 
 def build_trainer(cfg: DictConfig, device: torch.device) -> Trainer:
@@ -318,14 +325,45 @@ def encode_data(overrides: Sequence[str]) -> None:
     with initialize_config_dir(str(checkout() / "configs"), version_base="1.3"):
         cfg = compose("encode", overrides=list(overrides))
     require(cfg)
-    parts = {"mel": instantiate(cfg.audio), "vae": instantiate(cfg.vae), "clap": instantiate(cfg.clap)}
+    if cfg.mixup.prob > 0 and "mixup" not in cfg.data.train:
+        raise InputError("mixup: this data cannot be mixed; folder, audiocaps and synthetic_tracks can")
+    if not 0 <= cfg.part < cfg.parts:
+        raise InputError(f"part={cfg.part} parts={cfg.parts}: expected part from 0 to parts - 1")
+    names = ("vae", "clap", "tokenizer", "mixup")
+    parts = {name: instantiate(cfg[name]) for name in names}
+    vocoder = instantiate(cfg.vocoder) if "vocoder" in cfg else None
+    encoder = Encoder(mel=instantiate(cfg.audio), vocoder=vocoder, device=cfg.device, **parts)
+    made_by = latents_made_by(cfg, vae=encoder.vae, clap=encoder.clap)
+    if vocoder is not None:
+        made_by["vocoder"] = state_hash(vocoder)
     for split in ("train", "val"):
         data = instantiate(cfg.data[split])
-        in_order = sequential_batches(len(data), cfg.batch_size, len(data))
-        batches = make_loader(data, in_order, num_workers=cfg.num_workers)
-        with tqdm(total=len(data), desc=f"encode {split}", unit="clip", dynamic_ncols=True) as bar:
-            folder = Path(cfg.out) / split
-            encode(batches, folder, **parts, shard_items=cfg.shard_items, progress=bar.update)
+        count = len(data) * (cfg.epochs if split == "train" else 1)
+        settings = [plain(cfg.data)[split], plain(cfg.mixup), cfg.seed, count, cfg.shard_items]
+        with tqdm(
+            total=-(-count // cfg.parts), desc=f"encode {split}", unit="clip", dynamic_ncols=True
+        ) as bar:
+            encode(
+                functools.partial(read_ranges, data, cfg.num_workers), count, Path(cfg.out) / split,
+                encoder=encoder, made_by=made_by | {"data": settings_hash(settings)},
+                batch_size=cfg.batch_size, shard_items=cfg.shard_items, part=cfg.part, parts=cfg.parts,
+                progress=bar.update,
+            )  # fmt: skip
+
+
+def latents_made_by(cfg: DictConfig, *, vae: torch.nn.Module, clap: torch.nn.Module) -> dict[str, str]:
+    """Hashes of what decides a clip's latents: two networks and the front end."""
+    return {
+        "vae": state_hash(vae),
+        "clap": state_hash(clap),
+        "audio": settings_hash(without_target(cfg.audio)),
+    }
+
+
+def read_ranges(data, num_workers: int, ranges: Sequence[range]) -> Iterable[dict]:
+    """A batch of items for each range of item numbers, counted over all passes over the data."""
+    keys = [[ItemKey(*divmod(item, len(data)), item) for item in items] for items in ranges]
+    return make_loader(data, keys, num_workers=num_workers)
 
 
 @torch.inference_mode()

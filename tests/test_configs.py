@@ -53,7 +53,7 @@ def combinations(top: str, *overrides: str) -> list[tuple[str, ...]]:
         if row.get("data") == "latents" and "unet" not in row:
             row["data"] = "synthetic"  # latents train nothing but a latent network
         if top == "encode":
-            row |= {"vae": "file", "clap": "file"}  # encoding takes trained networks
+            row |= {"vae": "file", "clap": "file", "tokenizer": "file"}  # encoding takes trained networks
         if top == "retrieve":
             row["clap"] = "file"
         rows.append((top, *overrides, *(f"{group}={name}" for group, name in row.items())))

@@ -187,7 +187,9 @@ def test_latents_hold_both_splits_and_say_who_made_them(runs):
     from ldm_audio.data.latents import Latents
     from ldm_audio.pipelines.encode import state_hash
 
-    train, val = (Latents(path=str(runs / "latents" / split)) for split in ("train", "val"))
+    train, val = (
+        Latents(path=str(runs / "latents" / split), seed=0, mixup=None) for split in ("train", "val")
+    )
     assert (len(train), len(val)) == (6, 2)
     vae = load(str(runs / "vae" / "weights" / "vae.safetensors"))
     assert train.encoders["vae"] == val.encoders["vae"] == state_hash(vae)

@@ -12,7 +12,7 @@ from ldm_audio.data.loader import ItemKey, collate
 from ldm_audio.diffusion.schedule import Schedule
 from ldm_audio.errors import InputError
 from ldm_audio.objectives.latent_diffusion import LatentDiffusionObjective
-from ldm_audio.pipelines.encode import encode
+from ldm_audio.pipelines.encode import Encoder, encode
 from ldm_audio.randomness import RowRandom
 
 NO_LATENTS = torch.zeros(0)  # only a mixed item's condition depends on its latents
@@ -141,10 +141,16 @@ def test_the_loss_is_the_error_of_the_prediction():
 
 def test_cached_latents_train_as_the_clips_do(tmp_path):
     made = objective(vae=toys.randomise(toys.vae()))
-    clips = [toys.batch(0, 1), toys.batch(2)]
-    count = encode(clips, tmp_path, mel=made.mel, vae=made.vae, clap=made.clap, shard_items=2, progress=print)
-    data = Latents(path=str(tmp_path))
-    assert count == len(data) == 3 and data.captions() == [*toys.CAPTIONS[:3]]
+    encoder = Encoder(
+        mel=made.mel, vae=made.vae, clap=made.clap, vocoder=None, tokenizer=made.tokenizer, mixup=made.mixup,
+        device="cpu",
+    )  # fmt: skip
+    encode(
+        lambda ranges: (toys.batch(*items) for items in ranges), 3, tmp_path, encoder=encoder, made_by={},
+        batch_size=2, shard_items=2, part=0, parts=1, progress=print,
+    )  # fmt: skip
+    data = Latents(path=str(tmp_path), seed=0, mixup=None)
+    assert len(data) == 3 and data.captions() == [*toys.CAPTIONS[:3]]
     cached = collate([(ItemKey(0, i, i), data[ItemKey(0, i, i)]) for i in (2, 0, 1)])
     with torch.no_grad():
         for step in range(3):
