@@ -16,6 +16,8 @@ import torch
 
 import ldm_audio
 from ldm_audio.audio.io import read_audio, write_wav
+from ldm_audio.data.latents import Latents
+from ldm_audio.pipelines.encode import state_hash
 from ldm_audio.pretrained import load, save_network
 from ldm_audio.training.checkpoint import load_checkpoint
 
@@ -184,9 +186,6 @@ def test_a_recording_is_edited_and_varied_by_the_command(runs, command, tmp_path
 
 
 def test_latents_hold_both_splits_and_say_who_made_them(runs):
-    from ldm_audio.data.latents import Latents
-    from ldm_audio.pipelines.encode import state_hash
-
     train, val = (
         Latents(path=str(runs / "latents" / split), seed=0, mixup=None) for split in ("train", "val")
     )
@@ -447,7 +446,9 @@ def test_latents_of_other_networks_are_refused(runs, refused, tmp_path):
     run = (*BRIEF, "data=latents", f"data.path={runs}/latents", f"runs={tmp_path}")
     parts = (*part_paths(runs), f"vae.path={tmp_path}/vae.safetensors")
     line = refused("train.py", *STAGES["unet"], *run, *parts)
-    assert "the latents at data.path were made by another vae than that of vae.path" in line
+    assert "the latents at data.path were made by another vae than this run's (hash " in line
+    digest = Latents(path=str(runs / "latents" / "train"), seed=0, mixup=None).encoders["vae"]
+    assert f"(hash {digest}, here {state_hash(vae)}): encode again" in line
     clap = [setting for setting in STAGES["clap"] if not setting.startswith("data")]
     assert "ContrastiveObjective learns from sound" in refused("train.py", *clap, *run)
 
