@@ -41,6 +41,10 @@ def main() -> None:
     beats.add_argument("--table", help="where to write (default: FOLDER/beats.jsonl)")
     beats.add_argument("--workers", type=int, default=0, help="processes (default: %(default)s, in this one)")
 
+    report = commands.add_parser("report", help="one table and picture of runs over arms and seeds")
+    report.add_argument("runs", help="folder of the runs, named such as ARM/seed0")
+    report.add_argument("--out", help="where report.md, .csv and .png go (default: RUNS)")
+
     convert = commands.add_parser("convert", help="write published weights as ours")
     convert.add_argument("source", help="folder, file or hf://owner/name[@revision][/file]")
     convert.add_argument("out", help="folder, or FILE.safetensors for one network")
@@ -72,6 +76,10 @@ def main() -> None:
         retrieve(args.overrides)
     if args.command == "beats":
         find_beats(args)
+    if args.command == "report":
+        from ldm_audio.evaluation.report import write_report
+
+        print(write_report(args.runs, args.out or args.runs), end="")
     if args.command in ("convert", "inspect", "export"):
         weights(args)
 

@@ -16,7 +16,7 @@ from ldm_audio.objectives.base import check_players
 
 CONFIGS = Path(ldm_audio.__file__).parents[1] / "configs"
 TOP = ("train", "sample", "encode", "retrieve")
-EXTRAS = ("experiment", "debug")  # chosen on top of everything else
+EXTRAS = ("experiment", "debug", "sweep")  # chosen on top of everything else
 INSTEAD_OF_FILES = {
     "vae": "vae/mel64",
     "clap": "clap/htsat_tiny",

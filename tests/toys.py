@@ -175,7 +175,7 @@ def randomise(network: nn.Module) -> nn.Module:
 
 def mixup(**changes) -> Mixup:
     settings = {
-        "space": "audio", "prob": 1.0, "alpha": 5.0, "align": "downbeat", "tempo_width": 3.0,
+        "name": "toy", "space": "audio", "prob": 1.0, "alpha": 5.0, "align": "downbeat", "tempo_width": 3.0,
         "tempo_match": "bucket", "octave_fold": False, "allow_self": False, "no_beats": "skip",
         "last_downbeat": True, "min_overlap": 5.12, "crop": "first", "premix": "none", "text": "anchor",
         "latent": "sample", "renorm": "none", "condition_tail": "trim",
@@ -226,7 +226,7 @@ def diffusion_objective(**changes) -> LatentDiffusionObjective:
         "mel": mel(), "unet": unet(), "vae": randomise(vae()), "clap": randomise(clap()),
         "vocoder": randomise(vocoder()),
         "tokenizer": tokenizer(), "schedule": Schedule(**SCHEDULE), "seed": 0, "text_probability": 0.0,
-        "condition_dropout": 0.1, "mixup": mixup(prob=0.0), "allow_random_frozen": True,
+        "condition_dropout": 0.1, "mixup": mixup(prob=0.0), "latent_scale": None, "allow_random_frozen": True,
     }  # fmt: skip
     return LatentDiffusionObjective(**settings | changes)
 

@@ -29,6 +29,7 @@ FOLDED = (70, 140)  # beats a minute, where `octave_fold` brings every tempo
 class Mixup:
     """What to mix and how; `configs/mixup/` holds the usual choices.
 
+    name: what runs and tables call it.
     space: `audio` mixes waveforms (BAM), `latent` the VAE's latents (BLM).
     prob: share of items that are mixed, where a partner can be found.
     alpha: lambda is drawn from Beta(alpha, alpha).
@@ -51,6 +52,7 @@ class Mixup:
         of silence (`silent`, upstream).
     """
 
+    name: str
     space: Literal["audio", "latent"]
     prob: float
     alpha: float

@@ -38,6 +38,7 @@ class LatentDiffusionObjective(Objective):
     text_probability: share of items conditioned on their caption's embedding, the others on their audio's.
     condition_dropout: share of items whose condition becomes the embedding of "" (classifier-free guidance).
     mixup: how latents and captions of mixed items are mixed.
+    latent_scale: what latents are multiplied by; None measures it.
     Batches hold `caption` and `waveform` (b, s), or `z_mean`, `z_std` (b, c, t, f) with `audio_embed` and
     `text_embed` (b, d) from a cache; of latents to be mixed also `partner` (b, s), or `partner_z_mean` and
     `partner_z_std`, and `mix_ratio` (b,): lambda, 1 where nothing is to be mixed.
@@ -60,6 +61,7 @@ class LatentDiffusionObjective(Objective):
         text_probability: float,
         condition_dropout: float,
         mixup: Mixup,
+        latent_scale: float | None,
         allow_random_frozen: bool,
     ):
         super().__init__()
@@ -80,8 +82,8 @@ class LatentDiffusionObjective(Objective):
                 "mixup.space=latent: CLAP hears mixed latents through a vocoder, and vocoder is null"
             )
         self.empty_embed: Tensor | None = None
-        self.register_buffer("latent_scale", torch.tensor(1.0))
-        self.is_scale_known = False
+        self.register_buffer("latent_scale", torch.tensor(1.0 if latent_scale is None else latent_scale))
+        self.is_scale_known = latent_scale is not None
         self.freeze_parts(allow_random=allow_random_frozen)
 
     def players(self) -> dict[str, list[nn.Parameter]]:
