@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from cached_step import SIZES, objective, part
 from omegaconf import OmegaConf
-from train_step import SIZES, objective, part
 
 from ldm_audio.audio.beats import Beats
 from ldm_audio.audio.io import probe

@@ -50,6 +50,8 @@ def combinations(top: str, *overrides: str) -> list[tuple[str, ...]]:
             row["clap"] = "small"  # a file's front end is not known before it is read
         if "clap" in row and "tokenizer" in row:
             row["tokenizer"] = "file" if row["clap"] == "file" else "bpe"
+        elif "tokenizer" in row:  # of speech
+            row["tokenizer"] = "speech_file" if number % 2 else "speech_bpe"
         if row.get("data") == "latents" and "unet" not in row:
             row["data"] = "synthetic"  # latents train nothing but a latent network
         if top == "encode":
