@@ -206,7 +206,7 @@ def words(difference: str) -> set[str]:
 
 def check_front_ends(objective: Objective, cfg: DictConfig) -> None:
     """InputError where a frozen part was trained on mels of another front end."""
-    for name in set(objective.frozen) & {"vae", "vocoder"}:
+    for name in set(objective.frozen) & {"vae", "vocoder", "dvae"}:
         trained = (getattr(getattr(objective, name), "provenance", None) or {}).get("audio")
         differing = differences(trained, plain(cfg.audio)) if trained else []
         if differing:

@@ -22,7 +22,9 @@ INSTEAD_OF_FILES = {
     "clap": "clap/htsat_tiny",
     "vocoder": "vocoder/hifigan_16k",
     "tokenizer": "tokenizer/bpe",
+    "dvae": "dvae/tortoise",
 }
+SPEECH = ("dvae", "speech_lm", "clvp")  # objectives that take speech, its front end and its tokenizer
 GIVEN_LATER = {"trainer": {"save_weights"}, "objective": {"tokenizer"}}  # by train.py, as ready-made objects
 
 
@@ -52,6 +54,8 @@ def combinations(top: str, *overrides: str) -> list[tuple[str, ...]]:
             row["tokenizer"] = "file" if row["clap"] == "file" else "bpe"
         elif "tokenizer" in row:  # of speech
             row["tokenizer"] = "speech_file" if number % 2 else "speech_bpe"
+        if any(f"objective={name}" in overrides for name in SPEECH):
+            row |= {"audio": "speech22k_80", "data": "speech"}
         if row.get("data") == "latents" and "unet" not in row:
             row["data"] = "synthetic"  # latents train nothing but a latent network
         if top == "encode":
@@ -121,6 +125,12 @@ def test_what_trains_can_be_built(row):
         for part, file in INSTEAD_OF_FILES.items():
             if cfg.get(part) is not None and ".load_" in cfg[part]._target_:
                 cfg[part] = OmegaConf.load(CONFIGS / f"{file}.yaml")
+        if cfg.objective_name in SPEECH and "tokenizer" in cfg:
+            learner = cfg.get("speech_lm") or cfg.clvp.speech_tower
+            cfg.dvae.num_tokens = learner.get("num_tokens") or learner.vocab_size
+            cfg.tokenizer = OmegaConf.load(CONFIGS / "tokenizer/speech_bpe.yaml")
+        if "norms" in cfg.audio:
+            cfg.audio.norms = None  # the user's file
         cfg.allow_random_frozen = True
     with torch.device("meta"):
         objective = build_objective(cfg, ["a low hum"])
