@@ -17,7 +17,7 @@ from pathlib import Path
 from ldm_audio.audio.beats import Beats, Tracker
 from ldm_audio.audio.io import AudioInfo, probe
 from ldm_audio.data.manifest import READABLE
-from ldm_audio.errors import InputError
+from ldm_audio.errors import InputError, RunError
 from ldm_audio.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def track_folder(
     num_workers: processes; 0 tracks in this one. A recording that cannot be read is counted and has no line.
     A recording that changed since is tracked again.
 
-    Raises InputError for a folder without audio, a table of another tracker, and a full disk.
+    Raises InputError for a folder without audio and a table of another tracker, RunError for a full disk.
     """
     root, table = Path(folder), Path(table)
     names = audio_names(root)
@@ -78,9 +78,7 @@ def track_folder(
             os.fsync(file.fileno())
         write_table(table, header, lines)
     except OSError as error:
-        raise InputError(
-            f"{table}: cannot be written ({error.strerror}); {len(lines)} recordings kept"
-        ) from error
+        raise RunError(f"{table}: not written ({error.strerror or error}); what was done is kept") from error
     return Outcome(len(names), len(left) - len(failed), failed)
 
 

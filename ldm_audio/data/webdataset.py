@@ -27,7 +27,7 @@ import torch
 from ldm_audio.audio.io import one_line, resample
 from ldm_audio.data.clips import Channel, Normalise, peak_half
 from ldm_audio.data.loader import ItemKey
-from ldm_audio.errors import InputError
+from ldm_audio.errors import InputError, RunError
 from ldm_audio.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -73,8 +73,8 @@ def index_tar(path: Path) -> list[Member]:
     members = scan_tar(path)
     try:
         write_json(index, {"tar": stamp, "members": [asdict(member) for member in members]})
-    except OSError as error:
-        logger.warning(f"{index}: cannot be written ({error.strerror}); the tar is read through every time")
+    except RunError as error:
+        logger.warning(f"{error}; the tar is read through every time")
     return members
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ldm_audio.audio.io import resample_sinc
 from ldm_audio.audio.mel import LogMel
 from ldm_audio.audio.mixup import Mixup, mix_posteriors, silence_tail
-from ldm_audio.errors import InputError
+from ldm_audio.errors import InputError, RunError
 from ldm_audio.files import replacing, write_json
 from ldm_audio.pipelines.decoding import decode_latents
 
@@ -114,7 +114,8 @@ def encode(
     read: gives a batch for each range of item numbers. made_by: hashes of what decides the latents. part:
     which of `parts` processes this is. Calls `progress(clips)` as clips are done.
 
-    Raises InputError where the folder holds latents that were made by something else, and for a full disk.
+    Raises InputError where the folder holds latents that were made by something else, RunError for a full
+    disk.
     """
     ranges = [range(start, min(start + shard_items, count)) for start in range(0, count, shard_items)]
     names = [f"shard_{number:05d}.safetensors" for number in range(len(ranges))]
@@ -165,8 +166,8 @@ def write_shard(
     try:
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata=header)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be written ({error}); the shards before it are kept") from error
+    except SafetensorError as error:
+        raise RunError(f"{path}: not written ({error}); the shards before it are kept") from error
 
 
 def is_whole(path: Path, made_by: dict[str, str]) -> bool:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from ldm_audio.data.latents import Latents
 from ldm_audio.data.loader import ItemKey
-from ldm_audio.errors import InputError
+from ldm_audio.errors import InputError, RunError
 from ldm_audio.pipelines import encode as encoding
 from ldm_audio.pipelines.encode import Encoder, encode, settings_hash, state_hash
 
@@ -125,7 +125,7 @@ def test_a_full_disk_keeps_the_shards_before_it(tmp_path, networks, monkeypatch)
 
     with monkeypatch.context() as patched:
         patched.setattr(encoding, "save_file", fills_up)
-        with pytest.raises(InputError, match=r"shard_00001\.safetensors: cannot be written .*No space left"):
+        with pytest.raises(RunError, match=r"shard_00001\.safetensors: not written .*No space left"):
             encoded(tmp_path, made, 5)
     assert [path.name for path in tmp_path.iterdir()] == ["shard_00000.safetensors"]
     assert encoded(tmp_path, made, 5)[0] == 3

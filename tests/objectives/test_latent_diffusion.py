@@ -151,7 +151,7 @@ def test_cached_latents_train_as_the_clips_do(tmp_path):
     )  # fmt: skip
     data = Latents(path=str(tmp_path), seed=0, mixup=None)
     assert len(data) == 3 and data.captions() == [*toys.CAPTIONS[:3]]
-    cached = collate([(ItemKey(0, i, i), data[ItemKey(0, i, i)]) for i in (2, 0, 1)])
+    cached = collate([(ItemKey(0, i, i), data[ItemKey(0, i, i)], []) for i in (2, 0, 1)])
     with torch.no_grad():
         for step in range(3):
             expected = made.diffusion_loss(toys.batch(2, 0, 1), step).item()
