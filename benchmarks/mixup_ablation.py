@@ -26,7 +26,7 @@ from ldm_audio.data.synthetic import canonical_caption, split_combinations
 from ldm_audio.evaluation.attributes import shares
 from ldm_audio.evaluation.novelty import nearest_similarity, novelty
 from ldm_audio.files import write_json, write_text
-from ldm_audio.pretrained import load_system
+from ldm_audio.pretrained import load
 
 ARMS = ("none", "plain", "bam", "blm")
 CANDIDATES = 4  # sounds of each prompt
@@ -78,7 +78,10 @@ def main() -> None:
             f"vocoder.path={paths['vocoder']}", f"num_waveforms_per_prompt={CANDIDATES}",
             f"out={folder / 'samples'}", f"seed={seed}", *sampling,
         )  # fmt: skip
-        write_json(folder / "evaluation.json", evaluate(folder, args.out / "latents" / "none" / "train"))
+        write_json(
+            folder / "evaluation.json",
+            evaluate(folder, args.out / "latents" / "none" / "train", paths["clap"]),
+        )
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         list(pool.map(encode, ARMS))
@@ -87,7 +90,7 @@ def main() -> None:
         )
 
 
-def evaluate(folder: Path, training: Path) -> dict[str, float]:
+def evaluate(folder: Path, training: Path, clap_path: Path) -> dict[str, float]:
     """Shares of attributes that are right in the sounds, and their nearness to the training clips."""
     asked = {canonical_caption(row): row for row in split_combinations("all")}
     rows = [json.loads(line) for line in (folder / "samples" / "samples.jsonl").read_text().splitlines()]
@@ -97,7 +100,7 @@ def evaluate(folder: Path, training: Path) -> dict[str, float]:
         sounds.append(torch.from_numpy(sound))
         outcomes += score(asked[row["prompt"]], sound, rate).items()
     right = shares(outcomes)
-    clap = load_system(folder / "weights").clap
+    clap = load(str(clap_path))
     with torch.inference_mode():
         embeds = torch.cat([clap.embed_audio(sound[None]) for sound in sounds])
     shards = sorted(training.glob("shard_*.safetensors"))
