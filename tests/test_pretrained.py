@@ -14,7 +14,7 @@ from torch import nn
 
 import ldm_audio
 from ldm_audio.diffusion.samplers import ddim
-from ldm_audio.errors import InputError
+from ldm_audio.errors import InputError, RunError
 from ldm_audio.pretrained import load_network, load_system, save_network, save_weights
 
 RECIPES = {
@@ -107,12 +107,12 @@ def test_a_failed_write_keeps_the_previous_file(tmp_path, monkeypatch):
     path = saved(tmp_path)
     before = path.read_bytes()
 
-    def half(tensors, file, metadata):
+    def half(file, expected, tensors, header):
         Path(file).write_bytes(before[:100])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ldm_audio.pretrained.save_file", half)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr("ldm_audio.pretrained.write_safetensors", half)
+    with pytest.raises(RunError, match="No space left"):
         save_network(made("vae"), path, recipe=toys.VAE_RECIPE, provenance=None)
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == [path.name]
 
