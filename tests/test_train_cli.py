@@ -506,7 +506,7 @@ def test_a_part_of_the_wrong_kind_is_refused(runs, refused, tmp_path):
         ),
         (("weights={runs}/ldm/weights", "prompt=rain", "duration=0"), "duration=0"),
         (("weights={runs}/nowhere", "prompt=rain"), "nowhere"),
-        (("weights={runs}/vae", "prompt=rain"), "vae: holds no system.json"),
+        (("weights={runs}/vae", "prompt=rain"), "vae: holds neither system.json"),
         (
             ("weights={runs}/ldm/weights", "prompt=rain", "vocoder.path={runs}/none.safetensors"),
             "none.safetensors",
