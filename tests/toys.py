@@ -139,6 +139,13 @@ def dvae() -> DVAE:
     return with_recipe(DVAE(**arguments(DVAE_RECIPE)), DVAE_RECIPE)
 
 
+def frozen_dvae() -> DVAE:
+    """The same at every call, its codebook (a buffer) too, as a part from a file is."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return randomise(dvae())
+
+
 def clvp() -> CLVP:
     towers = {name: Tower(**arguments(CLVP_RECIPE[name])) for name in ("text_tower", "speech_tower")}
     return with_recipe(CLVP(**towers), CLVP_RECIPE)
@@ -241,7 +248,7 @@ def dvae_objective(**changes) -> DVAEObjective:
 
 def speech_lm_objective(**changes) -> SpeechLMObjective:
     settings = {
-        "mel": SpeechMel(**SPEECH_MEL), "speech_lm": speech_lm(), "dvae": randomise(dvae()),
+        "mel": SpeechMel(**SPEECH_MEL), "speech_lm": speech_lm(), "dvae": frozen_dvae(),
         "tokenizer": speech_tokenizer(), "text_weight": 0.5, "allow_random_frozen": True,
     }  # fmt: skip
     return SpeechLMObjective(**settings | changes)
@@ -249,7 +256,7 @@ def speech_lm_objective(**changes) -> SpeechLMObjective:
 
 def clvp_objective(**changes) -> CLVPObjective:
     settings = {
-        "mel": SpeechMel(**SPEECH_MEL), "clvp": clvp(), "dvae": randomise(dvae()),
+        "mel": SpeechMel(**SPEECH_MEL), "clvp": clvp(), "dvae": frozen_dvae(),
         "tokenizer": speech_tokenizer(), "seed": 0, "text_masking": 0.1, "speech_masking": 0.1,
         "mask_duplicates": True, "allow_random_frozen": True,
     }  # fmt: skip
