@@ -20,7 +20,7 @@ from ldm_audio.training.optim import warmup
 from ldm_audio.training.trainer import Trainer
 
 GLOBAL_BATCH = 4
-DDP = sorted(toys.OBJECTIVES)
+DDP = ("contrastive", "latent_diffusion", "vae", "vocoder")
 FSDP2 = ("latent_diffusion", "contrastive")
 
 

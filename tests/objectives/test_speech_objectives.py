@@ -120,7 +120,7 @@ def test_clvp_hears_no_padding():
     objective = toys.objective("clvp").eval()
     toys.randomise(objective.clvp)
     quiet, loud = padded_batch(), padded_batch()
-    loud["waveform"][1, 1280 + 1280 - 300 :] = 0.9
+    loud["waveform"][1, -200:] = 0.9  # beyond what reaches a frame of the recording
     assert torch.allclose(objective.validate(quiet)["loss"], objective.validate(loud)["loss"], atol=1e-6)
     longer = {**quiet, "caption": [quiet["caption"][0], "a bell"]}
     alone = {key: value[1:] for key, value in longer.items()}
