@@ -59,8 +59,7 @@ def one_line_errors(main: Callable) -> Callable:
                 cause = cause.__cause__
             if cause is None:
                 raise
-            if is_main():
-                print(f"error: {cause}", file=sys.stderr)
+            print(f"error: {cause}", file=sys.stderr)
             sys.exit(2 if isinstance(cause, InputError) else 1)
 
     return wrapped

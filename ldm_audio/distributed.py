@@ -9,6 +9,7 @@ Axes: b batch, c channels, d width.
 """
 
 import os
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -61,13 +62,14 @@ def process_group(strategy: str, device: str) -> Iterator[torch.device]:
 def told_once() -> Iterator[None]:
     """Of an error that several ranks meet, or that ends the others' conversation, only the first passes.
 
-    The other ranks end with SystemExit(1) and without a word.
+    The other ranks say nothing and end with SystemExit(1), later: whom torchrun sees end, it ends all for.
     """
     try:
         yield
     except Exception:
         store = dist.distributed_c10d._get_default_store()  # the one place that all ranks still reach
         if store.add("ldm_audio/errors", 1) > 1:
+            time.sleep(10)  # torchrun ends this process as soon as the one that tells has ended
             raise SystemExit(1) from None
         raise
 

@@ -401,13 +401,13 @@ def test_one_broken_file_in_a_hundred_does_not_stop_a_run_and_is_in_its_report(c
     rng = np.random.default_rng(0)
     names = [f"{i:04d}.wav" for i in range(2000)]
     for name in names:
-        soundfile.write(sounds / name, rng.uniform(-0.5, 0.5, 2560), 16000)
+        soundfile.write(sounds / name, rng.uniform(-0.5, 0.5, 5120), 16000)
     for name in names[100::200]:  # found when the run begins
         (sounds / name).write_bytes(b"no sound")
     for name in names[::200]:  # found when they are read
-        soundfile.write(sounds / name, np.full(2560, np.nan), 16000, subtype="FLOAT")
+        soundfile.write(sounds / name, np.full(5120, np.nan), 16000, subtype="FLOAT")
     (sounds / "train.csv").write_text("file_name,caption\n" + "".join(f"{name},noise\n" for name in names))
-    settings = ("data.num_samples=2560", "batch_size=100", "trainer.max_steps=20", "num_workers=1")
+    settings = ("data.num_samples=5120", "batch_size=100", "trainer.max_steps=20", "num_workers=1")
     assert command("train.py", *run, *settings) == 0
     folder = tmp_path / "runs" / "vae"
     left_out = json.loads((folder / "left_out_train.json").read_text())

@@ -36,6 +36,9 @@ class Objective(nn.Module):
     strategies: tuple[str, ...] = ()
     """How several processes may train it: those in which n have the losses of one with the n-fold batch."""
 
+    retains_graph = False
+    """Whether a loss takes a gradient of its own before it is yielded."""
+
     monitor = "val/loss"
     """The validation metric that picks the best checkpoint; smaller is better."""
 

@@ -25,6 +25,7 @@ class VAEObjective(Objective):
     """
 
     strategies = ("ddp",)
+    retains_graph = True
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor
 from tqdm import tqdm
 
@@ -157,6 +158,7 @@ class Trainer:
             if self.activation_checkpointing and hasattr(network, "set_activation_checkpointing"):
                 network.set_activation_checkpointing(True)
             if self.compile:
+                functorch_config.donated_buffer = not objective.retains_graph
                 network.compile()
         self.learning = [n for n in objective.children() if any(p.requires_grad for p in n.parameters())]
         if self.strategy == "ddp":
