@@ -11,24 +11,54 @@ from ldm_audio.errors import InputError
 from ldm_audio.objectives.clvp import leave_out
 from ldm_audio.objectives.dvae import perplexity
 from ldm_audio.objectives.speech import speech_tokens
-from ldm_audio.randomness import RowRandom
+from ldm_audio.randomness import RowRandom, generator_for
+
+RECORDED = 1280  # samples of the second recording of a padded batch
+HOP, HALF_WINDOW = toys.SPEECH_MEL["hop_length"], toys.SPEECH_MEL["n_fft"] // 2
 
 
-def padded_batch() -> dict:
-    """Two recordings whose second is half as long."""
+def padded_batch(longest: int = toys.SAMPLES) -> dict:
+    """Two recordings, the second shorter, with silence behind them up to `longest` samples."""
     batch = toys.batch(0, 1)
-    batch["num_samples"] = torch.tensor([toys.SAMPLES, 1280])
-    batch["waveform"][1, 1280:] = 0.0
+    batch["num_samples"] = torch.tensor([toys.SAMPLES, RECORDED])
+    batch["waveform"] = F.pad(batch["waveform"], (0, longest - toys.SAMPLES))
+    batch["waveform"][1, RECORDED:] = 0.0
     return batch
+
+
+def loud_from(start: int, quiet: dict) -> dict:
+    """The same batch with noise behind its second recording, from sample `start` on."""
+    noise = torch.rand(quiet["waveform"].shape[1] - start, generator=generator_for(0))
+    waveform = quiet["waveform"].clone()
+    waveform[1, start:] = 2 * noise - 1
+    assert not torch.equal(waveform, quiet["waveform"])
+    return quiet | {"waveform": waveform}
+
+
+def end_of_what_a_token_hears(token: int) -> int:
+    """The first sample that neither the encoder's block, its stride nor the window brings to a token."""
+    frame = 2 * (token + 2) + 1  # two convolutions of width 3, then one of stride 2
+    return frame * HOP + HALF_WINDOW
+
+
+def end_of_gradient(value: torch.Tensor, waveform: torch.Tensor) -> int:
+    """The first sample of the second recording behind all that `value` depends on."""
+    (gradient,) = torch.autograd.grad(value, waveform)
+    return int(gradient[1].nonzero().max()) + 1
 
 
 def test_what_pads_a_recording_teaches_the_dvae_nothing():
     objective = toys.objective("dvae").eval()
-    quiet, loud = padded_batch(), padded_batch()
-    loud["waveform"][1, 1280 + 1280 :] = 0.9  # beyond what reaches a frame of the recording
-    loud["waveform"][1, -200:] = -0.9
+    frame = RECORDED // HOP  # the last that counts
+    token = (frame + 1) // 2 + 2  # behind the enlargement a convolution of width 3, two before it
+    end = end_of_what_a_token_hears(token)
+    quiet = padded_batch(end + 2 * HOP)
+    loud = loud_from(end, quiet)
     one, other = (objective.validate(batch) for batch in (quiet, loud))
-    assert all(torch.allclose(one[key], other[key], atol=1e-6) for key in one)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    noise = loud_from(0, quiet)
+    noise["waveform"].requires_grad_()
+    assert end_of_gradient(objective.validate(noise)["reconstruction"], noise["waveform"]) == end
 
 
 def test_the_codebook_follows_what_the_trainer_let_pass():
@@ -77,7 +107,7 @@ def test_perplexity_counts_the_tokens_in_use():
 def test_tokens_end_one_behind_the_recording():
     objective = toys.objective("speech_lm")
     tokens, mask = speech_tokens(padded_batch(), objective.mel, objective.dvae)
-    assert mask.sum(1).tolist() == [min(9, 2560 // 320 + 1), 1280 // 320 + 1]
+    assert mask.sum(1).tolist() == [toys.SAMPLES // 320 + 1, RECORDED // 320 + 1]
     assert tokens.shape == mask.shape
     short = toys.batch(0, 1)
     short["num_samples"] = torch.tensor([640, 320])
@@ -119,9 +149,16 @@ def test_a_model_without_a_text_head_learns_speech_alone():
 def test_clvp_hears_no_padding():
     objective = toys.objective("clvp").eval()
     toys.randomise(objective.clvp)
-    quiet, loud = padded_batch(), padded_batch()
-    loud["waveform"][1, -200:] = 0.9  # beyond what reaches a frame of the recording
-    assert torch.allclose(objective.validate(quiet)["loss"], objective.validate(loud)["loss"], atol=1e-6)
+    last = RECORDED // (2 * HOP)  # the last token that counts: one behind the whole ones
+    end = end_of_what_a_token_hears(last)
+    quiet = padded_batch()
+    loud = loud_from(end, quiet)
+    tokens = [objective.dvae.encode(objective.mel(batch["waveform"])).tokens for batch in (quiet, loud)]
+    assert not torch.equal(*tokens)  # there is something not to hear
+    assert torch.equal(objective.validate(quiet)["loss"], objective.validate(loud)["loss"])
+    noise = loud_from(0, quiet)["waveform"].requires_grad_()
+    heard = objective.dvae.encode(objective.mel(noise)).z[1, :, last].sum()
+    assert end_of_gradient(heard, noise) == end
     longer = {**quiet, "caption": [quiet["caption"][0], "a bell"]}
     alone = {key: value[1:] for key, value in longer.items()}
     text, mask = objective.tokenizer(longer["caption"])
