@@ -33,7 +33,6 @@ from ldm_audio.files import write_json
 logger = logging.getLogger(__name__)
 
 AUDIO = (".flac", ".wav", ".ogg", ".mp3")
-TEMPLATE = "The sounds of {}"
 
 
 @dataclass(frozen=True)
@@ -118,10 +117,10 @@ def captions_of(described: dict, *, template: str) -> list[str]:
 class TarClips:
     """Clips of local tar files; items as `Clips` makes them, with one of their captions.
 
-    caption: `random` draws one in every epoch, `first` takes the first. A member that turns out broken is
-    counted, named in a warning, and replaced by the next one, the same on every worker and rank.
+    caption: `random` draws one in every epoch, `first` takes the first.
 
-    Raises InputError where no tar or no clip is to be found.
+    Raises InputError where no tar or no clip is to be found; reading does, naming tar and key, for a member
+    that turns out broken, which the loader replaces.
     """
 
     def __init__(
@@ -137,12 +136,10 @@ class TarClips:
         channel: Channel,
         template: str,
     ):
-        self.tars = find_tars(path)
-        self.places = [(tar, member) for tar in self.tars for member in index_tar(tar)]
+        tars = find_tars(path)
+        self.places = [(tar, member) for tar in tars for member in index_tar(tar)]
         if not self.places:
-            raise InputError(
-                f"{path}: no clips in its {len(self.tars)} tar files, expected key.flac and key.json"
-            )
+            raise InputError(f"{path}: no clips in its {len(tars)} tar files, expected key.flac and key.json")
         self.sample_rate = sample_rate
         self.num_samples = num_samples
         self.seed = seed
@@ -151,40 +148,24 @@ class TarClips:
         self.caption = caption
         self.channel = channel
         self.template = template
-        self.broken: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self.places)
 
     def captions(self) -> list[str]:
-        """Every caption of every clip; those without a readable JSON are left out."""
+        """Every caption of every clip; those without a readable JSON are named in a warning and left out."""
         found = []
         for tar, member in self.places:
             try:
                 found += self.read_captions(tar, member)
             except InputError as error:
-                self.note(tar, member, error)
+                logger.warning(f"{error}; its captions are left out")
         return found
 
     def __getitem__(self, key: ItemKey | int) -> dict:
         epoch, index, _ = (0, key, key) if isinstance(key, int) else key
-        for offset in range(len(self)):
-            tar, member = self.places[(index + offset) % len(self)]
-            rng = np.random.default_rng([self.seed, epoch, index])
-            try:
-                return self.read(tar, member, rng)
-            except InputError as error:
-                self.note(tar, member, error)
-        raise InputError(f"{self.tars[0].parent}: none of {len(self)} clips can be read")
-
-    def note(self, tar: Path, member: Member, error: InputError) -> None:
-        """Counts and names a broken member, once."""
-        name = f"{tar.name}/{member.key}"
-        if name not in self.broken:
-            self.broken[name] = str(error)
-            logger.warning(f"{error}; left out, {len(self.broken)} so far")
-
-    def read(self, tar: Path, member: Member, rng: np.random.Generator) -> dict:
+        rng = np.random.default_rng([self.seed, epoch, index])
+        tar, member = self.places[index]
         captions = self.read_captions(tar, member)
         caption = captions[int(rng.integers(len(captions))) if self.caption == "random" else 0]
         samples, rate = self.read_audio(tar, member)  # (c, s)
