@@ -49,7 +49,7 @@ class SpeechTokenizer:
         self.backend.no_truncation()
         self.backend.no_padding()
         self.clean = CLEANERS[cleaner]
-        self.stop_token, self.unknown_token, self.space_token = map(backend.token_to_id, SPECIALS)
+        self.stop_token, self.unknown_token = map(backend.token_to_id, (STOP, UNK))
         self.vocab_size = len([token for token in backend.get_vocab() if token != START])
         self.warned = False
 

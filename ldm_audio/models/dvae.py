@@ -149,10 +149,6 @@ class DVAE(nn.Module):
         """The weight that makes the mel."""
         return self.decoder_out.weight
 
-    def num_tokens_of(self, num_frames: int) -> int:
-        """Tokens of a mel of `num_frames` frames: a fourth with two levels, rounded up."""
-        return -(-num_frames // self.frames_per_token)
-
     def encode(self, mel: Tensor) -> Quantised:
         """(b, f, n) normalised log-mel -> z, tokens and their vectors, t = n / frames_per_token rounded up.
 

@@ -116,12 +116,6 @@ class HiFiGAN(nn.Module):
             if not parametrize.is_parametrized(convolution, "weight"):
                 weight_norm(convolution)
 
-    def remove_weight_norm(self) -> None:
-        """Fold norm and direction back into plain weights, for inference and for weights files."""
-        for convolution in self.convolutions():
-            if parametrize.is_parametrized(convolution, "weight"):
-                parametrize.remove_parametrizations(convolution, "weight", leave_parametrized=True)
-
     def convolutions(self) -> list[nn.Module]:
         """All convolutions, the same order in every copy."""
         return [module for module in self.modules() if isinstance(module, nn.Conv1d | nn.ConvTranspose1d)]

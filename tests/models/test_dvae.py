@@ -63,7 +63,7 @@ def test_tokens_and_mels_equal_layers_in_the_released_order(frames):
     quantised = ours.encode(x)
     assert (quantised.z - z).abs().max() <= 1e-5
     assert torch.equal(quantised.tokens, distance.argmin(-1))
-    assert quantised.tokens.shape[1] == ours.num_tokens_of(frames) == -(-frames // 4)
+    assert quantised.tokens.shape[1] == -(-frames // 4)
     expected = theirs["decoder"](state["codebook.embed"].T[quantised.tokens].transpose(1, 2))
     assert (ours.decode(quantised.tokens) - expected).abs().max() <= 1e-5
     reconstruction, _ = ours(x)
