@@ -1,11 +1,11 @@
 """Mixup at small size: none, plain, BAM and BLM, each over several seeds, on the synthetic drums.
 
-    python benchmarks/mixup_ablation.py --parts runs/quickstart --out runs/mixup [--steps 240] [--seeds 3]
+    python benchmarks/mixup_ablation.py --parts runs/quickstart --out runs/mixup [--steps 240] [--seeds 3] [--processes 2]
     ldm-audio report runs/mixup
 
 Takes the quickstart's CLAP, VAE and vocoder. Each arm's training clips are mixed and encoded once
 (`ldm-audio encode`), each seed trains from them (`train.py`) and samples (`sample.py`); what was asked for is
-then measured in the sounds, and how near they are to the unmixed training clips. Two processes of one thread.
+then measured in the sounds, and how near they are to the unmixed training clips. Each process has one thread.
 """
 
 import argparse
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--clips", type=int, default=1024)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     paths = {
         name: args.parts / name / "weights" / f"{name}.safetensors" for name in ("vae", "clap", "vocoder")
@@ -83,7 +84,7 @@ def main() -> None:
             evaluate(folder, args.out / "latents" / "none" / "train", paths["clap"]),
         )
 
-    with ThreadPoolExecutor(max_workers=2) as pool:
+    with ThreadPoolExecutor(max_workers=args.processes) as pool:
         list(pool.map(encode, ARMS))
         list(
             pool.map(lambda pair: train_and_sample(*pair), [(a, s) for s in range(args.seeds) for a in ARMS])
