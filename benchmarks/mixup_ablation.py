@@ -1,6 +1,6 @@
 """Mixup at small size: none, plain, BAM and BLM, each over several seeds, on the synthetic drums.
 
-    python benchmarks/mixup_ablation.py --parts runs/quickstart --out runs/mixup [--steps 240] [--seeds 3] [--processes 2]
+    python benchmarks/mixup_ablation.py --parts runs/quickstart --out runs/mixup [--steps 240] [--processes 2]
     ldm-audio report runs/mixup
 
 Takes the quickstart's CLAP, VAE and vocoder. Each arm's training clips are mixed and encoded once
