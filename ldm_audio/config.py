@@ -4,7 +4,7 @@ import functools
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -174,7 +174,7 @@ def build_objective(cfg: DictConfig, captions: list[str]) -> Objective:
     for name, part in objective.named_children():
         if not hasattr(part, "recipe"):
             part.recipe = plain(cfg.objective[name])
-    check_front_ends(objective, cfg)
+    check_front_ends({name: getattr(objective, name) for name in objective.frozen}, cfg)
     start_from_weights(objective, cfg)
     return objective
 
@@ -203,10 +203,10 @@ def words(difference: str) -> set[str]:
     return set(difference.partition(":")[0].split("."))
 
 
-def check_front_ends(objective: Objective, cfg: DictConfig) -> None:
-    """InputError where a frozen part was trained on mels of another front end."""
-    for name in set(objective.frozen) & {"vae", "vocoder", "dvae"}:
-        trained = (getattr(getattr(objective, name), "provenance", None) or {}).get("audio")
+def check_front_ends(parts: Mapping[str, torch.nn.Module | None], cfg: DictConfig) -> None:
+    """InputError where a trained part knows mels of another front end than the run's."""
+    for name in parts.keys() & {"vae", "vocoder", "dvae"}:
+        trained = (getattr(parts[name], "provenance", None) or {}).get("audio")
         differing = differences(trained, plain(cfg.audio)) if trained else []
         if differing:
             raise InputError(f"{name} was trained on another audio front end ({'; '.join(differing)})")
@@ -331,6 +331,7 @@ def encode_data(overrides: Sequence[str]) -> None:
     names = ("vae", "clap", "tokenizer", "mixup")
     parts = {name: instantiate(cfg[name]) for name in names}
     vocoder = instantiate(cfg.vocoder) if "vocoder" in cfg else None
+    check_front_ends({"vae": parts["vae"], "vocoder": vocoder}, cfg)
     encoder = Encoder(mel=instantiate(cfg.audio), vocoder=vocoder, device=cfg.device, **parts)
     made_by = latents_made_by(cfg, vae=encoder.vae, clap=encoder.clap)
     if vocoder is not None:

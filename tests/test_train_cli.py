@@ -436,7 +436,29 @@ def test_another_config_than_the_runs_is_refused_with_the_keys_that_differ(runs,
 
 def test_another_front_end_than_the_parts_were_trained_with_is_refused(runs, refused, tmp_path):
     run = (*STAGES["unet"], *BRIEF, *SHORT_CLIPS, *part_paths(runs), "audio.fmin=50", f"runs={tmp_path}")
-    assert "was trained on another audio front end (fmin: 0 -> 50)" in refused("train.py", *run)
+    encoding = ("encode", *SHORT_CLIPS, *part_paths(runs)[:2], "audio.fmin=50", f"out={tmp_path}/latents")
+    for script, arguments in (("train.py", run), ("ldm_audio.cli", encoding)):
+        assert "was trained on another audio front end (fmin: 0 -> 50)" in refused(script, *arguments)
+
+
+def test_latents_of_another_front_end_are_refused_with_both_hashes(runs, command, refused, tmp_path):
+    """Of a VAE that does not know its own front end, as one of another library does not."""
+    vae = load(str(runs / "vae" / "weights" / "vae.safetensors"))
+    save_network(vae, tmp_path / "vae.safetensors", recipe=vae.recipe, provenance={})
+    parts = (*part_paths(runs), f"vae.path={tmp_path}/vae.safetensors")
+    encoding = ("encode", *SHORT_CLIPS, "batch_size=2", *parts[:2], parts[-1], f"out={tmp_path}/latents")
+    assert command("ldm_audio.cli", *encoding, "audio.fmin=50") == 0
+    encoders = [
+        Latents(path=str(folder / "train"), seed=0, mixup=None).encoders
+        for folder in (tmp_path / "latents", runs / "latents")
+    ]
+    theirs, ours = (made["audio"] for made in encoders)
+    assert theirs != ours and encoders[0]["vae"] == encoders[1]["vae"]
+    run = (*STAGES["unet"], *BRIEF, *parts, "data=latents", f"data.path={tmp_path}/latents")
+    line = refused("train.py", *run, f"runs={tmp_path}")
+    assert "made by another audio than this run's" in line and f"(hash {theirs}, here {ours})" in line
+    line = refused("ldm_audio.cli", *encoding)
+    assert f"made with another audio ({theirs}, now {ours})" in line
 
 
 def test_latents_of_other_networks_are_refused(runs, refused, tmp_path):
