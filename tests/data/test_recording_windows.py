@@ -5,10 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import toys
 
-from ldm_audio.audio.io import write_wav
+from ldm_audio.audio.beats import Beats
+from ldm_audio.audio.io import probe, write_wav
+from ldm_audio.data.clips import Clips
+from ldm_audio.data.latents import Latents
+from ldm_audio.data.loader import ItemKey, make_loader
+from ldm_audio.data.manifest import Clip
+from ldm_audio.data.synthetic import render_clip, split_combinations
 from ldm_audio.data.windows import Windows, windows
 from ldm_audio.errors import InputError
+from ldm_audio.pipelines.encode import Encoder, encode
 
 RATE = 8000
 DATA = os.environ.get("LDM_AUDIO_DATA")
@@ -73,6 +82,61 @@ def test_the_table_is_needed_for_downbeats_alone(music):
         found(music)
     with pytest.raises(InputError, match="stride=0"):
         found(music, downbeats=False, stride=0)
+
+
+def drums(folder: Path) -> Windows:
+    """Windows of 2.56 s at the downbeats of rendered drums of one tempo, each behind its own silence."""
+    rate, clips, beats = toys.RATE, [], []
+    rows = [row for row in split_combinations("all") if row.get("tempo") == "130"]
+    for number, (row, lead) in enumerate(zip(rows, (0.11, 0.42, 0.257, 0.638))):
+        clip = render_clip(row, np.random.default_rng(number), sample_rate=rate, num_samples=6 * rate)
+        times = [tuple(lead + time for time in found) for found in (clip.beats, clip.downbeats)]
+        path = folder / f"{number}.wav"
+        write_wav(path, np.concatenate([np.zeros(round(lead * rate)), clip.waveform]), rate)
+        clips.append(Clip(path, ("drums",), probe(path)))
+        beats.append(Beats(*times, clips[-1].info.num_samples / rate))
+    recordings = Clips(
+        clips, sample_rate=rate, num_samples=round(2.56 * rate), seed=0, normalise="peak_half",
+        random_crop=False, caption="first", channel="mix", beats=beats,
+    )  # fmt: skip
+    return Windows(recordings, root=folder, stride=2.56, downbeats=True, min_overlap=2.56)
+
+
+def rises(z: torch.Tensor) -> np.ndarray:
+    """(c, t, f) -> how far each latent frame is from the one before it, (t - 1,), without their mean."""
+    change = (z[:, 1:] - z[:, :-1]).square().sum(dim=(0, 2)).sqrt().numpy()
+    return change - change.mean()
+
+
+def lag_in_frames(one: torch.Tensor, other: torch.Tensor, reach: int = 8) -> int:
+    """Latent frames by which `other` comes after `one`, where their changes agree best."""
+    one, other = rises(one), np.pad(rises(other), reach)
+    return int(np.argmax([one @ other[k : k + len(one)] for k in range(2 * reach + 1)])) - reach
+
+
+def test_latents_from_the_cache_are_mixed_in_time_within_one_of_their_frames(tmp_path):
+    """Latent frames are 20 ms long and beats 23 of them apart: what is off by two is found."""
+    data = drums(tmp_path)
+    encoder = Encoder(
+        mel=toys.mel(), vae=toys.randomise(toys.vae()).eval(), clap=toys.randomise(toys.clap()).eval(),
+        vocoder=None, tokenizer=toys.tokenizer(), mixup=toys.mixup(prob=0.0), device="cpu",
+    )  # fmt: skip
+
+    def read(ranges: list[range]):
+        return make_loader(data, [[ItemKey(0, i, i) for i in items] for items in ranges], num_workers=0)
+
+    encode(
+        read, len(data), tmp_path / "latents", encoder=encoder, made_by={"vae": "v"}, batch_size=8,
+        shard_items=64, part=0, parts=1, progress=lambda done: None,
+    )  # fmt: skip
+    mixed = Latents(path=str(tmp_path / "latents"), seed=0, mixup=toys.mixup(space="latent"))
+    lags = []
+    for index in range(len(data)):
+        item = mixed[ItemKey(0, index, index)]
+        assert item["mix_ratio"] < 1
+        lags.append(lag_in_frames(item["z_mean"], item["partner_z_mean"]))
+    assert len(lags) >= 12 and max(map(abs, lags)) <= 1, lags
+    assert lag_in_frames(item["z_mean"][:, 2:], item["partner_z_mean"][:, :-2]) in (1, 2, 3)
 
 
 @pytest.mark.skipif(DATA is None, reason="LDM_AUDIO_DATA is unset: no real recordings")
