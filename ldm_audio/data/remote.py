@@ -125,5 +125,5 @@ def trying(address: str, attempt: Callable[[], T]) -> T:
 
 @cache
 def warn_of_whole_files(server: str) -> None:
-    """Once for each server."""
+    """Once for each server in each process."""
     logger.warning(f"{server}: ignores Range headers, so each clip reads its tar up to there; copy the tars")
