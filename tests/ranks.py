@@ -20,12 +20,12 @@ from ldm_audio.training.optim import warmup
 from ldm_audio.training.trainer import Trainer
 
 GLOBAL_BATCH = 4
-DDP = ("contrastive", "latent_diffusion", "vae", "vocoder")
+DDP = ("clvp", "contrastive", "dvae", "latent_diffusion", "speech_lm", "vae", "vocoder")
 FSDP2 = ("latent_diffusion", "contrastive")
 
 
 def double(batch: dict) -> dict:
-    return {k: v.double() if k == "waveform" else v for k, v in batch.items()}
+    return {k: v.double() if k in ("waveform", "references") else v for k, v in batch.items()}
 
 
 def training_batches(name: str, *, size: int = GLOBAL_BATCH):

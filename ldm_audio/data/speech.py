@@ -2,7 +2,7 @@
 
 A folder with a CSV of `file_name,text,speaker`. An item is a whole recording, for a part of it would not say
 its text; what is longer than an item has room for is left out and counted. What is drawn (the reference clips
-and their places) depends on (seed, epoch, index) alone.
+and their places, how fast a recording is played) depends on (seed, epoch, index) alone.
 
 Axes: r reference clips, s samples.
 """
@@ -29,7 +29,8 @@ class Speech:
     """Items with `waveform` (s,), of which `num_samples` are no padding, `references` (r, s') and `caption`.
 
     The references are other recordings of the same speaker, or the same one where there are no others, each
-    of `reference_samples`. normalise: as for `clips.Clips`.
+    of `reference_samples`. normalise: as for `clips.Clips`. max_speed: an item, its references with it, is
+    played up to so many times as fast or as slow, which makes more voices of few; 1 leaves it as it is.
 
     Reading raises InputError for a file that has become unreadable or holds NaN, and names it.
     """
@@ -45,7 +46,10 @@ class Speech:
         reference_samples: int,
         seed: int,
         normalise: Normalise,
+        max_speed: float,
     ):
+        if not 1 <= max_speed <= 4:
+            raise InputError(f"max_speed={max_speed}: expected 1 to 4")
         if normalise not in ("peak_half", "none"):
             raise InputError(f"normalise={normalise!r}: expected peak_half or none")
         longest = num_samples / sample_rate
@@ -62,6 +66,7 @@ class Speech:
         self.reference_samples = reference_samples
         self.seed = seed
         self.normalise = normalise
+        self.max_speed = max_speed
         self.by_speaker: dict[Speaker, list[int]] = {}
         for index, speaker in enumerate(self.speakers):
             self.by_speaker.setdefault(speaker, []).append(index)
@@ -82,16 +87,21 @@ class Speech:
         epoch, index, _ = (0, key, key) if isinstance(key, int) else key
         rng = np.random.default_rng([self.seed, epoch, index])
         waveform = self.read(index)
+        speed = 1.0
+        if self.max_speed > 1:  # as slow as it fits
+            speed = max(self.max_speed ** rng.uniform(-1, 1), len(waveform) / self.num_samples)
+        waveform = self.play(waveform, speed)
         others = [i for i in self.by_speaker[self.speakers[index]] if i != index] or [index]
         chosen = rng.choice(others, self.num_references, replace=len(others) < self.num_references)
-        references = [self.cut(self.read(int(i)), rng) for i in chosen]
+        references = [self.cut(self.play(self.read(int(i)), speed), rng) for i in chosen]
+        shape = (self.num_references, self.reference_samples)
         padded = np.zeros(self.num_samples, dtype=np.float32)
         padded[: len(waveform)] = waveform
         clip = self.clips[index]
         return {
             "waveform": torch.from_numpy(padded),
             "num_samples": torch.tensor(len(waveform)),
-            "references": torch.from_numpy(np.stack(references)),
+            "references": torch.from_numpy(np.reshape(references, shape).astype(np.float32)),
             "caption": clip.captions[rng.integers(len(clip.captions))],
             "speaker": self.speakers[index],
             "file_name": str(clip.path),
@@ -102,6 +112,10 @@ class Speech:
         waveform, rate = read_audio(self.clips[index].path)
         waveform = resample(waveform.mean(axis=0), rate, self.sample_rate)[: self.num_samples]
         return peak_half(waveform) if self.normalise == "peak_half" else waveform
+
+    def play(self, waveform: np.ndarray, speed: float) -> np.ndarray:
+        """(s,) -> (s / speed,), at most what an item has room for: faster and higher, or slower and lower."""
+        return resample(waveform, round(self.sample_rate * speed), self.sample_rate)[: self.num_samples]
 
     def cut(self, waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(s,) -> (reference_samples,), a random place, or zeros on the right."""
@@ -127,6 +141,7 @@ def folder(
     reference_samples: int,
     seed: int,
     normalise: Normalise = "peak_half",
+    max_speed: float = 1.0,
 ) -> Speech:
     """The recordings that a CSV in `path` names, of some speakers (all for None) or without some.
 
@@ -154,4 +169,5 @@ def folder(
         reference_samples=reference_samples,
         seed=seed,
         normalise=normalise,
+        max_speed=max_speed,
     )

@@ -174,7 +174,17 @@ class CLVP(nn.Module):
         speech_tokens: Tensor,
         text_mask: Tensor | None = None,
         speech_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens and masks of texts and of speech -> both embeddings, (b, joint_dim) of length 1 each."""
+        return self.embed_text(text_tokens, text_mask), self.embed_speech(speech_tokens, speech_mask)
+
+    def scores(
+        self,
+        text_tokens: Tensor,
+        speech_tokens: Tensor,
+        text_mask: Tensor | None = None,
+        speech_mask: Tensor | None = None,
     ) -> Tensor:
-        """Tokens as for the two embeddings -> (b text, b speech) cosines times the scale."""
-        text_embed = self.embed_text(text_tokens, text_mask)
-        return self.logit_scale.exp() * text_embed @ self.embed_speech(speech_tokens, speech_mask).T
+        """As `forward` -> (b text, b speech) cosines times the scale: how well each speech says each text."""
+        text_embed, speech_embed = self(text_tokens, speech_tokens, text_mask, speech_mask)
+        return self.logit_scale.exp() * text_embed @ speech_embed.T

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_audio.audio.speech_mel import SpeechMel
+from ldm_audio.distributed import gather_rows, rank
 from ldm_audio.errors import InputError
 from ldm_audio.objectives.base import Logs, Objective, Turn
 from ldm_audio.objectives.contrastive import equal_captions, symmetric_info_nce
@@ -23,6 +24,8 @@ class CLVPObjective(Objective):
 
     mask_duplicates leaves pairs with an equal text out of the negatives, which they are not.
     """
+
+    strategies = ("ddp",)
 
     def __init__(
         self,
@@ -65,24 +68,37 @@ class CLVPObjective(Objective):
         return {"clvp": self.clvp}
 
     def losses(self, batch: dict, step: int) -> Iterator[Turn]:
-        rows = RowRandom([(self.seed, step, int(item)) for item in batch["item"]])
-        loss, accuracy = self.info_nce(batch, rows)
+        loss, accuracy = self.info_nce(batch, step)
         yield "clvp", loss, {
             "contrastive": loss, "accuracy": accuracy, "logit_scale": self.clvp.logit_scale.exp(),
         }  # fmt: skip
 
-    def info_nce(self, batch: dict, rows: RowRandom | None) -> tuple[Tensor, Tensor]:
-        """The loss and the share of partners that rank first; `rows` draw what is left out, None nothing."""
+    def info_nce(self, batch: dict, step: int | None) -> tuple[Tensor, Tensor]:
+        """The loss and the share of partners that rank first, both ways averaged.
+
+        step: of training, in which tokens are left out and the other ranks' rows are negatives too: each rank
+        scores its own rows against all. None leaves nothing out and asks no other rank.
+        """
         speech, speech_mask = speech_tokens(batch, self.mel, self.dvae)
         text, text_mask = (t.to(speech.device) for t in self.tokenizer(batch["caption"]))
         # One stop behind each text, as behind those that are ranked; the padding is the stop's token already.
         text, text_mask = F.pad(text, (0, 1)), F.pad(text_mask, (1, 0), value=True)
-        if rows is not None:
-            text_mask = leave_out(text_mask, self.text_masking, rows)
-            speech_mask = leave_out(speech_mask, self.speech_masking, rows)
-        logits = self.clvp(text, speech, text_mask, speech_mask)  # (b text, b speech)
-        duplicates = equal_captions(batch["caption"]).to(logits.device) if self.mask_duplicates else None
-        return symmetric_info_nce(logits, logits.T, duplicates)
+        training = step is not None
+        if training:
+            keys = [(self.seed, step, int(item)) for item in batch["item"]]
+            text_mask = leave_out(text_mask, self.text_masking, RowRandom([(*key, 0) for key in keys]))
+            speech_mask = leave_out(speech_mask, self.speech_masking, RowRandom([(*key, 1) for key in keys]))
+        clvp = self.parallel(self.clvp) if training else self.clvp
+        gather = gather_rows if training else nn.Identity()
+        text_embed, speech_embed = clvp(text, speech, text_mask, speech_mask)
+        scale = self.clvp.logit_scale.exp()
+        by_text = scale * text_embed @ gather(speech_embed).T  # (b own texts, b all recordings)
+        by_speech = scale * speech_embed @ gather(text_embed).T  # (b own recordings, b all texts)
+        duplicates = None
+        if self.mask_duplicates:
+            duplicates = equal_captions(batch["caption"], across_ranks=training).to(by_text.device)
+        first = rank() * len(by_text) if training else 0
+        return symmetric_info_nce(by_speech, by_text, duplicates, first=first)
 
     def validate(self, batch: dict) -> Logs:
         loss, accuracy = self.info_nce(batch, None)

@@ -203,7 +203,7 @@ class TextToSpeechTokens:
         mask = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
         with_stop = nn.functional.pad(text_tokens, (0, 1), value=self.speech_lm.text_stop)
         speech_mask = None if mask.all() else mask
-        return self.clvp(with_stop, padded, speech_mask=speech_mask)[0]
+        return self.clvp.scores(with_stop, padded, speech_mask=speech_mask)[0]
 
     def latents(self, voice: Tensor, wrapped: Tensor, tokens: Tensor) -> Tensor:
         """(t,) tokens -> (t, d) float32 on the CPU, the states that they were written from."""

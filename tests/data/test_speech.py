@@ -80,4 +80,26 @@ def test_what_cannot_be_used_is_refused(path, tmp_path):
     with pytest.raises(InputError, match=r"no recording of at most 0\.01 s"):
         folder(path, **SETTINGS | {"num_samples": 160})
     with pytest.raises(InputError, match="normalise='loud'"):
-        Speech([], [], **SETTINGS, normalise="loud")
+        Speech([], [], **SETTINGS, normalise="loud", max_speed=1.0)
+
+
+def test_an_item_is_played_faster_or_slower_with_its_references(path):
+    data = folder(path, **SETTINGS, max_speed=1.5)
+    plain = folder(path, **SETTINGS)[3]
+    speeds = []
+    for epoch in range(30):
+        item = data[ItemKey(epoch, 3, epoch)]  # ben's only recording, which is its own reference
+        speed = int(plain["num_samples"]) / int(item["num_samples"])
+        speeds.append(speed)
+        for clip in (item["waveform"][: item["num_samples"]], item["references"][0]):
+            assert abs(hertz(clip) - 500 * speed) <= 55
+        assert torch.equal(item["waveform"], data[ItemKey(epoch, 3, 99)]["waveform"])
+    assert 1 / 1.5 <= min(speeds) < 0.8 and 1.25 < max(speeds) <= 1.5 + 1e-3
+    tight = folder(path, **SETTINGS | {"num_samples": 6500}, max_speed=4.0)
+    assert max(int(tight[ItemKey(epoch, 3, 0)]["num_samples"]) for epoch in range(30)) == 6500
+    with pytest.raises(InputError, match=r"max_speed=0\.5: expected 1 to 4"):
+        folder(path, **SETTINGS, max_speed=0.5)
+
+
+def test_references_can_be_left_out(path):
+    assert folder(path, **SETTINGS | {"num_references": 0})[0]["references"].shape == (0, 4000)

@@ -49,7 +49,7 @@ def test_candidates_come_best_first_with_the_scores_of_clvp(speak):
     text = F.pad(speak.tokenizer(["seven"])[0], (0, 1))
     for tokens, score in zip(made.tokens, made.scores):
         heard = tokens[None] if len(tokens) else torch.zeros(1, 1, dtype=torch.int64)
-        assert torch.allclose(speak.clvp(text, heard)[0, 0], score, atol=1e-5)
+        assert torch.allclose(speak.clvp.scores(text, heard)[0, 0], score, atol=1e-5)
         assert (tokens < 30).all()
     assert made.latents[0].shape == (len(made.tokens[0]), 64)
 
