@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ldm_audio.data.tokenizers import load_tokenizer
 from ldm_audio.distributed import barrier, is_main, process_group, rank, world_size
 from ldm_audio.errors import InputError, RunError
 from ldm_audio.evaluation.retrieval import retrieval
-from ldm_audio.files import write_json, write_text
+from ldm_audio.files import only_one_in, write_json, write_text
 from ldm_audio.objectives.base import Objective
 from ldm_audio.pipelines.encode import Encoder, encode, settings_hash, state_hash
 from ldm_audio.training.trainer import Trainer
@@ -71,6 +71,14 @@ def checkout() -> Path:
     return package.parent if (package.parent / "configs").is_dir() else package / "checkout"
 
 
+def composed(name: str, overrides: Sequence[str]) -> DictConfig:
+    """`configs/<name>.yaml` with these overrides; InputError for a value that was not given."""
+    with initialize_config_dir(str(checkout() / "configs"), version_base="1.3"):
+        cfg = compose(name, overrides=list(overrides))
+    require(cfg)
+    return cfg
+
+
 def plain(node: DictConfig) -> dict:
     """A config node as plain, resolved Python values."""
     return OmegaConf.to_container(node, resolve=True)
@@ -78,10 +86,13 @@ def plain(node: DictConfig) -> dict:
 
 @contextmanager
 def opened_run(cfg: DictConfig) -> Iterator[torch.device]:
-    """Inside, the run's folder is made and its processes know each other; yields this one's device."""
+    """Inside, the run's folder is this run's alone and its processes know each other; yields one's device."""
     require(cfg)
     check_mixup(cfg)
-    with process_group(cfg.trainer.strategy, cfg.trainer.device) as device:
+    with (
+        process_group(cfg.trainer.strategy, cfg.trainer.device) as device,
+        only_one_in(Path(cfg.folder)) if is_main() else nullcontext(),
+    ):
         open_folder(Path(cfg.folder), plain(cfg) | {"processes": world_size()})
         torch.manual_seed(cfg.seed)
         yield device
@@ -320,10 +331,8 @@ def unreadable_clips(cfg: DictConfig, split: str) -> Path:
 
 
 def encode_data(overrides: Sequence[str]) -> None:
-    """`ldm-audio encode`: composes `configs/encode.yaml`, writes the latents of data.train and data.val."""
-    with initialize_config_dir(str(checkout() / "configs"), version_base="1.3"):
-        cfg = compose("encode", overrides=list(overrides))
-    require(cfg)
+    """`ldm-audio encode`: writes the latents of data.train and data.val."""
+    cfg = composed("encode", overrides)
     if cfg.mixup.prob > 0 and "mixup" not in cfg.data.train:
         raise InputError("mixup: this data cannot be mixed; folder, audiocaps and synthetic_tracks can")
     if not 0 <= cfg.part < cfg.parts:
@@ -368,10 +377,8 @@ def read_ranges(data, num_workers: int, ranges: Sequence[range]) -> Iterable[dic
 
 @torch.inference_mode()
 def retrieve(overrides: Sequence[str]) -> None:
-    """`ldm-audio retrieve`: composes `configs/retrieve.yaml`, prints the retrieval numbers of one split."""
-    with initialize_config_dir(str(checkout() / "configs"), version_base="1.3"):
-        cfg = compose("retrieve", overrides=list(overrides))
-    require(cfg)
+    """`ldm-audio retrieve`: prints the retrieval numbers of one split."""
+    cfg = composed("retrieve", overrides)
     if cfg.split not in ("train", "val"):
         raise InputError(f"split={cfg.split}: expected train or val")
     clap, tokenizer = instantiate(cfg.clap), load_tokenizer(cfg.clap.path)

@@ -1,12 +1,16 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and folders that one process at a time works in."""
 
+import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ldm_audio.errors import RunError
+from ldm_audio.errors import InputError, RunError
+
+LOCK = ".lock"
 
 
 @contextmanager
@@ -31,6 +35,35 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise RunError(f"{path}: not written ({error.strerror or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def only_one_in(folder: Path) -> Iterator[None]:
+    """Inside, no other process gets inside for the same folder, which is made: InputError that names it.
+
+    The system takes the lock back when the process ends, however it ends. It is one of POSIX, which children
+    do not inherit: data workers outlive a killed run by seconds. A file system without locks locks nothing.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise RunError(f"{folder}: not written ({error.strerror})") from error
+    try:
+        if not is_locked(descriptor):
+            raise InputError(f"{folder}: another process works there: wait, or choose run=NAME")
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_locked(descriptor: int) -> bool:
+    """Takes the lock of an open file without waiting; False where another has it, not where none exist."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+    return True
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -239,33 +240,60 @@ def test_a_system_is_trained_on_sound_as_well(runs, command, tmp_path):
     assert list((tmp_path / "latent_diffusion" / "previews").glob("0000002_*.wav"))
 
 
-def test_a_terminated_run_exits_with_the_signals_code_and_loses_nothing(tmp_path):
-    """As a job scheduler does it: the signal goes to the data workers too."""
-    run = [
-        *VAE_RUN,
-        f"runs={tmp_path}",
-        "num_workers=2",
-        "trainer.max_steps=1000000",
-        "objective.adversarial_start=10000",
-    ]
+LONG_RUN = (*VAE_RUN, "num_workers=2", "trainer.max_steps=1000000", "objective.adversarial_start=10000")
+
+
+@contextmanager
+def running(folder: Path, *arguments: str) -> Iterator[subprocess.Popen]:
+    """`train.py` in a process group of its own that has logged some steps; killed at the end."""
     process = subprocess.Popen(
-        [sys.executable, "train.py", *run], cwd=CHECKOUT, start_new_session=True,
+        [sys.executable, "train.py", *arguments], cwd=CHECKOUT, start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    metrics = tmp_path / "vae" / "metrics.jsonl"
+    metrics = folder / "metrics.jsonl"
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
             assert time.monotonic() < deadline and process.poll() is None, process.communicate()
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
+        yield process
     finally:
         process.kill()
+        process.communicate()
+
+
+def last_row(folder: Path) -> dict:
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def test_a_terminated_run_exits_with_the_signals_code_and_loses_nothing(tmp_path):
+    """As a job scheduler does it: the signal goes to the data workers too."""
+    with running(tmp_path / "vae", *LONG_RUN, f"runs={tmp_path}") as process:
+        os.killpg(process.pid, signal.SIGTERM)
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, err
     assert "Traceback" not in err and "stopped at step" in out
     last = load_checkpoint(tmp_path / "vae" / "checkpoints" / "last.pt")
-    assert last["step"] == json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert last["step"] == last_row(tmp_path / "vae")["step"]
+
+
+@pytest.mark.slow
+def test_a_run_is_refused_while_it_runs_and_continues_as_soon_as_it_is_killed(command, tmp_path, capsys):
+    folder, again = tmp_path / "vae", (*LONG_RUN, f"runs={tmp_path}", "trainer.save_every=1")
+    with running(folder, *again) as process:
+        before = last_row(folder)["step"]
+        assert command("train.py", *again) == 2
+        assert f"error: {folder}: another process works there" in capsys.readouterr().err
+        deadline = time.monotonic() + 120
+        while last_row(folder)["step"] <= before:  # the first run did not notice
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+        reached = load_checkpoint(folder / "checkpoints" / "last.pt")["step"]
+        assert command("train.py", *again, f"trainer.max_steps={reached + 1}") == 0
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [*range(1, reached + 2), reached + 1]
 
 
 @pytest.mark.slow

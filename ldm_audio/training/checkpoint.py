@@ -117,3 +117,16 @@ def load_optimizer_state(
             for key, value in optimizer.state[parameter].items():
                 if key != "step":  # which stays where the optimiser made it
                     optimizer.state[parameter][key] = value.to(parameter.device)
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """Of the generators that dropout draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Inverse of `rng_state`, as far as both know the device."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

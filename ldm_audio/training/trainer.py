@@ -3,7 +3,6 @@
 import contextlib
 import math
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,26 +17,26 @@ from tqdm import tqdm
 from ldm_audio import distributed
 from ldm_audio.errors import InputError, RunError
 from ldm_audio.files import remove_leftovers
-from ldm_audio.objectives.base import Logs, Objective, Preview, check_players, to_device
+from ldm_audio.objectives.base import Logs, Objective, check_players, to_device
 from ldm_audio.randomness import generator_for
 from ldm_audio.training.checkpoint import (
     FORMAT,
     load_checkpoint,
     load_optimizer_state,
     optimizer_state,
+    rng_state,
     save_checkpoint,
     save_sharded,
+    set_rng_state,
 )
 from ldm_audio.training.ema import EMA
 from ldm_audio.training.loggers import JSONLLogger, PreviewFiles
+from ldm_audio.training.stopping import Interrupted, StopSignal
+from ldm_audio.training.validation import validate
 
 
 class Diverged(RunError):
     """Raised after `max_bad_steps` steps in a row without a finite loss; the last checkpoint is untouched."""
-
-
-class Interrupted(Exception):
-    """Raised by a signal during a preview, which may take longer than a job has."""
 
 
 class Trainer:
@@ -97,9 +96,7 @@ class Trainer:
         self.prepare_batches = prepare_batches
         self.max_bad_steps = max_bad_steps
         self.bar_position = bar_position
-        self.signal_here = 0
-        self.stop_signal = 0
-        self.is_previewing = False
+        self.stop = StopSignal()
 
     def fit(
         self, objective: Objective, train_batches: Callable[[int], Iterable], val_batches: Iterable
@@ -135,14 +132,14 @@ class Trainer:
             smoothing=0.05,
         )
         try:
-            with self._signals():
+            with self.stop.caught():
                 self._run(train_batches, val_batches)
         finally:
             self.bar.close()
             for logger in self.loggers:
                 logger.close()
-        if self.stop_signal and (self.step < self.max_steps or self.validation_due):
-            raise SystemExit(128 + self.stop_signal)
+        if self.stop.number and (self.step < self.max_steps or self.validation_due):
+            raise SystemExit(128 + self.stop.number)
         return self.best
 
     def _set_up(self, objective: Objective) -> None:
@@ -191,7 +188,7 @@ class Trainer:
             self._validate(val_batches)
             self._save()
         since, waited = time.perf_counter(), 0.0
-        while self.step < self.max_steps and not self._is_told_to_stop():
+        while self.step < self.max_steps and not self.stop.has_come():
             before = time.perf_counter()
             micro_batches = list(islice(batches, self.accumulate))
             waited += time.perf_counter() - before
@@ -301,13 +298,12 @@ class Trainer:
     def _items(self, micro_batches: list[dict]) -> int:
         return sum(len(batch["item"]) for batch in micro_batches) * distributed.world_size()
 
-    @torch.no_grad()
     def _validate(self, val_batches: Iterable) -> None:
         """Metrics and previews of the averaged weights; a signal leaves it due for the next session."""
         self.objective.eval()
         try:
             with self.ema.swapped(), self._autocast():
-                metrics, previews = self._measure(val_batches)
+                metrics, previews = validate(self.objective, self._moved(val_batches), self.stop)
         except Interrupted:
             return
         finally:
@@ -321,40 +317,6 @@ class Trainer:
         if value < self.best:
             self.best = value
             self._write_weights("best")
-
-    def _measure(self, val_batches: Iterable) -> tuple[dict[str, float], dict[str, Preview]]:
-        """Means over the items of all ranks, and the previews of the first batch."""
-        sums: dict[str, float] = {}
-        count, first = 0, None
-        for batch in self._moved(val_batches):
-            first = first or batch
-            rows = int((batch["item"] >= 0).sum())
-            for key, value in self.objective.validate(batch).items():
-                sums[key] = sums.get(key, 0.0) + float(value) * rows
-            count += rows
-            if self._is_told_to_stop():
-                raise Interrupted
-        averages = torch.tensor([*sums.values(), count], dtype=torch.float64)
-        *totals, count = distributed.mean_over_ranks(averages).tolist()
-        metrics = {f"val/{key}": value / count for key, value in zip(sums, totals)}
-        previews = self._preview(first) if first else {}
-        if self._is_told_to_stop():
-            raise Interrupted
-        return metrics, previews
-
-    def _preview(self, batch: dict) -> dict[str, Preview]:
-        """On the main process, and where networks are split on all; only there a signal does not end it."""
-        needs_all = distributed.is_sharded(self.learning)
-        if not (distributed.is_main() or needs_all):
-            return {}
-        try:
-            self.is_previewing = not needs_all
-            previews = self.objective.preview(batch)
-        except Interrupted:
-            return {}
-        finally:
-            self.is_previewing = False
-        return {name: detached(preview) for name, preview in previews.items()}
 
     def _save(self) -> None:
         """Weights files first, then the state: killed in between, a run repeats steps and loses nothing.
@@ -424,39 +386,6 @@ class Trainer:
     def _moved(self, batches: Iterable[dict]) -> Iterator[dict]:
         return (to_device(batch, self.device) for batch in batches)
 
-    def _is_told_to_stop(self) -> bool:
-        """Whether a signal came to any rank; every rank learns it at the same place."""
-        self.stop_signal = int(distributed.max_over_ranks(self.signal_here))
-        return bool(self.stop_signal)
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM stop the loop after the step in hand; a second Ctrl-C interrupts at once.
-
-        Under torchrun it does not: there a signal to the whole group comes twice, and SIGKILL comes last.
-        """
-
-        def ask(number, frame):
-            if self.signal_here and number == signal.SIGINT and not distributed.is_launched():
-                raise KeyboardInterrupt
-            self.signal_here = number
-            if self.is_previewing:
-                self.is_previewing = False
-                raise Interrupted
-
-        previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-
-def detached(preview: Preview) -> Preview:
-    """The same preview in float32 on the CPU."""
-    waveform = preview.waveform.detach().float().cpu() if preview.waveform is not None else None
-    return Preview(preview.mel.detach().float().cpu(), waveform, preview.sample_rate)
-
 
 def peak_memory(device: torch.device) -> float:
     """The most that was held at once so far, in GB: tensors on a GPU, else the whole process."""
@@ -464,16 +393,3 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def rng_state(device: torch.device) -> dict[str, Tensor]:
-    """Of the generators that dropout draws from."""
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Inverse of `rng_state`, as far as both know the device."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
