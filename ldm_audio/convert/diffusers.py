@@ -246,6 +246,8 @@ def unet_config(arguments: Mapping[str, Any], *, sample_size: int) -> dict[str, 
         raise InputError(
             f"transformers_per_block {arguments['transformers_per_block']}: diffusers has only 1"
         )
+    if arguments["embed_mode"] == "attend":
+        raise InputError("embed_mode attend: the AudioLDM pipelines of diffusers have only concat and add")
     widths = _widths(arguments)
     attention_levels = list(arguments["attention_levels"])
     embed_dim, context_dim = arguments["embed_dim"], arguments["context_dim"]

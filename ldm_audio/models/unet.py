@@ -3,7 +3,8 @@
 Predicts noise (or velocity, or the clean latent) from a noisy latent `zt`, a time step, and up to two kinds
 of condition: one vector `embed` for the whole clip (CLAP; "FiLM" in the original's words, though it is only
 concatenated with or added to the time embedding), and a sequence `context` for cross-attention. Without a
-context width, both attentions of a layer are self-attention, as in the released AudioLDM and MusicLDM.
+context width, both attentions of a layer are self-attention, as in the released AudioLDM and MusicLDM. For
+comparison the embed can be attended to instead, as a context of one token; no original does so.
 
 Matches `openaimodel.UNetModel` of the AudioLDM repositories and diffusers' `UNet2DConditionModel`; like the
 latter and unlike the former it takes latents of any length. Axis letters: b batch, c channels, d width,
@@ -98,7 +99,8 @@ class UNet(nn.Module):
 
     `attention_levels` says which levels have transformers (the middle always has), `num_heads` how many heads
     these have (the middle has the last level's). Of several `transformers_per_block`, the first stays
-    self-attention and only the others see the context, as in the original's `extra_sa_layer`.
+    self-attention and only the others see the context, as in the original's `extra_sa_layer`. `embed_mode` is
+    `concat` or `add`, to the time embedding, or `attend`: the embed is the context, and there is no other.
     """
 
     def __init__(
@@ -126,18 +128,25 @@ class UNet(nn.Module):
                 f"{len(channel_mults)} channel_mults, {len(attention_levels)} attention_levels, "
                 f"{len(num_heads)} num_heads"
             )
-        if embed_mode not in ("concat", "add"):
-            raise ValueError(f"embed_mode must be 'concat' or 'add', got {embed_mode!r}")
+        if embed_mode not in ("concat", "add", "attend"):
+            raise ValueError(f"embed_mode must be 'concat', 'add' or 'attend', got {embed_mode!r}")
+        if embed_mode == "attend" and (embed_dim is None or context_dim is not None):
+            raise ValueError(
+                "embed_mode 'attend' needs an embed_dim and no context_dim, got "
+                f"embed_dim {embed_dim} and context_dim {context_dim}"
+            )
         self.embed_mode = embed_mode
+        self.embed_dim = embed_dim
         self.context_dim = context_dim
         self._checkpointing = False
 
         time_dim = 4 * channels
         self.time_embed = TimeEmbedding(dim=channels, out_dim=time_dim)
-        self.embed_proj = None if embed_dim is None else nn.Linear(embed_dim, time_dim)
+        joins_time = embed_dim is not None and embed_mode != "attend"
+        self.embed_proj = nn.Linear(embed_dim, time_dim) if joins_time else None
         if self.embed_proj is not None:
             nn.init.normal_(self.embed_proj.weight)  # unit-length embeds, so outputs of unit variance
-        condition_dim = 2 * time_dim if embed_dim is not None and embed_mode == "concat" else time_dim
+        condition_dim = 2 * time_dim if joins_time and embed_mode == "concat" else time_dim
 
         res_block = partial(
             ResBlock, embed_dim=condition_dim, norm_groups=norm_groups, norm_eps=1e-5, dropout=dropout
@@ -145,7 +154,7 @@ class UNet(nn.Module):
         transformer = partial(
             SpatialTransformer, depth=transformer_depth, norm_groups=norm_groups, dropout=dropout
         )
-        context_dims = [context_dim] * transformers_per_block
+        context_dims = [embed_dim if embed_mode == "attend" else context_dim] * transformers_per_block
         if transformers_per_block > 1:
             context_dims[0] = None
 
@@ -217,6 +226,8 @@ class UNet(nn.Module):
         if (context is None) != (self.context_dim is None):
             given = "missing" if context is None else "given"
             raise ValueError(f"context_dim is {self.context_dim}, but context is {given}")
+        if self.embed_mode == "attend":
+            context = self.embed_dim**0.5 * embed.unsqueeze(1)  # (b, 1, d), of unit variance
 
         def run(block: Block, x: Tensor) -> Tensor:
             if self._checkpointing and torch.is_grad_enabled():
@@ -247,12 +258,11 @@ class UNet(nn.Module):
 
     def _condition(self, timestep: Tensor, embed: Tensor | None) -> Tensor:
         """(b,), (b, embed_dim) -> (b, d), what every res block sees: the time step and, if any, the clip."""
-        if (embed is None) != (self.embed_proj is None):
-            width = None if self.embed_proj is None else self.embed_proj.in_features
+        if (embed is None) != (self.embed_dim is None):
             given = "missing" if embed is None else "given"
-            raise ValueError(f"embed_dim is {width}, but embed is {given}")
+            raise ValueError(f"embed_dim is {self.embed_dim}, but embed is {given}")
         time = self.time_embed(timestep)
-        if embed is None:
+        if self.embed_proj is None:
             return time
         if self.embed_mode == "concat":
             return torch.cat([time, self.embed_proj(embed)], dim=-1)

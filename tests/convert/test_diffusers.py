@@ -177,6 +177,11 @@ def test_several_transformers_a_block_cannot_be_exported():
         invert_rules(layout.unet_rules(), UNet(**arguments).state_dict())
 
 
+def test_an_embed_that_is_attended_to_cannot_be_exported():
+    with pytest.raises(InputError, match="embed_mode attend"):
+        layout.unet_config(UNET | {"embed_mode": "attend"}, sample_size=256)
+
+
 def test_base_width_must_be_the_first_level_of_an_export():
     with pytest.raises(InputError, match=r"channel_mults \[2, 2, 3\]"):
         layout.unet_config(UNET | {"channel_mults": [2, 2, 3]}, sample_size=256)

@@ -241,12 +241,28 @@ def test_state_holds_parameters_only_and_copies_are_equal():
         ({"num_heads": [1, 2]}, "3 channel_mults, 3 attention_levels, 2 num_heads"),
         ({"num_heads": [1, 2, 5]}, "width 24 is not divisible by 5 heads"),
         ({"embed_mode": "film"}, "'film'"),
+        ({"embed_mode": "attend", "context_dim": 10}, "no context_dim, got embed_dim 6 and context_dim 10"),
+        ({"embed_mode": "attend", "embed_dim": None}, "needs an embed_dim"),
         ({"channels": 9, "norm_groups": 3}, "even width, got 9"),
     ],
 )
 def test_impossible_sizes_are_refused_with_their_numbers(changes, message):
     with pytest.raises(ValueError, match=message):
         UNet(**TOY | changes)
+
+
+@torch.no_grad()
+def test_an_embed_that_is_attended_to_is_a_context_of_one_token():
+    attends, with_context = toy(embed_mode="attend"), toy(embed_dim=None, context_dim=6)
+    assert attends.state_dict().keys() == with_context.state_dict().keys()
+    zt, timestep, embed = noise(2, 4, 8, 4), torch.tensor([5, 900]), noise(2, 6)
+    expected = with_context(zt, timestep, context=6**0.5 * embed[:, None])
+    assert torch.equal(attends(zt, timestep, embed), expected)
+    assert (attends(zt, timestep, -embed) - expected).abs().max() > 0.01
+    with pytest.raises(ValueError, match="embed_dim is 6, but embed is missing"):
+        attends(zt, timestep)
+    with pytest.raises(ValueError, match="context_dim is None, but context is given"):
+        attends(zt, timestep, embed, embed[:, None])
 
 
 def test_missing_and_unexpected_conditions_are_refused():
