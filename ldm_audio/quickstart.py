@@ -1,7 +1,7 @@
 """From nothing to sounds from text: every stage in a row on synthetic sounds, by the public path.
 
 Each stage is one call of `train.py`, `ldm-audio encode` or `sample.py` with the configs of
-`experiment/quickstart`, one thread each, two side by side. Then what was asked for is measured in the sounds.
+`experiment/quickstart`, two side by side. Then what was asked for is measured in the sounds.
 """
 
 import json
@@ -34,6 +34,7 @@ SAMPLE_SEEDS = (0, 1, 2)
 DURATION = 2.56  # seconds
 ENCODED = 2048  # clips that the UNet is trained on
 SAMPLING = ("num_steps=25", "guidance_scale=1.5", "batch_size=24", "overwrite=true")
+THREADS = min(os.cpu_count() or 1, 4)  # a stage's: it has all cores while no other one runs
 COLUMNS = ("chance", "shuffled", "right", "ceiling")
 
 
@@ -51,8 +52,8 @@ def quickstart(folder: str, *, seed: int, overrides: Sequence[str]) -> dict:
     run = Path(folder)
     stages = Stages(run, seed=seed, overrides=overrides)
     prompts = choose_prompts(seed)
-    prompt_file = run / "prompts.txt"
-    write_text(prompt_file, "".join(f"{prompt.caption}\n" for prompt in prompts))
+    for sample_seed in SAMPLE_SEEDS:
+        write_prompts(run / f"prompts_seed{sample_seed}.csv", prompts, sample_seed)
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         clap = pool.submit(stages.train, "clap")
@@ -62,7 +63,7 @@ def quickstart(folder: str, *, seed: int, overrides: Sequence[str]) -> dict:
         for stage in (clap, vae, vocoder, ldm):
             stage.result()
         shutil.copy(stages.weights("vocoder"), run / "ldm" / "weights")  # the last part of the system
-        samples = [pool.submit(stages.sample, prompt_file, sample_seed) for sample_seed in SAMPLE_SEEDS]
+        samples = [pool.submit(stages.sample, sample_seed) for sample_seed in SAMPLE_SEEDS]
         for stage in samples:
             stage.result()
 
@@ -77,7 +78,7 @@ def quickstart(folder: str, *, seed: int, overrides: Sequence[str]) -> dict:
 
 
 class Stages:
-    """Runs the stages as processes of their own, one thread each, and notes the seconds."""
+    """Runs the stages as processes of their own and notes the seconds."""
 
     def __init__(self, run: Path, *, seed: int, overrides: Sequence[str]):
         self.run = run
@@ -120,11 +121,10 @@ class Stages:
         ]
         self._call("encode", ["-m", "ldm_audio.cli", "encode", *arguments])
 
-    def sample(self, prompts: Path, seed: int) -> None:
+    def sample(self, seed: int) -> None:
         arguments = [
             f"weights={self.run / 'ldm' / 'weights'}",
-            f"prompts={prompts}",
-            f"seed={seed}",
+            f"prompts={self.run / f'prompts_seed{seed}.csv'}",
             f"out={self.run / 'samples' / f'seed{seed}'}",
             f"duration={DURATION}",
             *SAMPLING,
@@ -133,7 +133,8 @@ class Stages:
 
     def _call(self, name: str, arguments: list[str]) -> None:
         started = time.perf_counter()
-        environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(THREADS))
+        environment["OMP_WAIT_POLICY"] = "passive"  # a thread that waits leaves its core to the other stage
         done = subprocess.run([sys.executable, *arguments], env=environment)
         if done.returncode:
             sys.exit(
@@ -153,6 +154,12 @@ def choose_prompts(seed: int) -> list[Prompt]:
     return [
         Prompt(caption(row, rng), row, number == 0) for pair in zip(*picks) for number, row in enumerate(pair)
     ]
+
+
+def write_prompts(path: Path, prompts: list[Prompt], seed: int) -> None:
+    """What `sample.py` reads: every prompt with a seed of its own, so that no two begin with the same noise."""
+    rows = [f'"{prompt.caption}",{seed * len(prompts) + i}\n' for i, prompt in enumerate(prompts)]
+    write_text(path, "".join(["prompt,seed\n", *rows]))
 
 
 def evaluate(run: Path, prompts: list[Prompt]) -> dict:
