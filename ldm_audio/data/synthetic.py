@@ -17,6 +17,7 @@ Axes: s samples.
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
@@ -85,18 +86,19 @@ def pairs(attributes: Attributes) -> set[tuple[tuple[str, str], ...]]:
 @lru_cache(maxsize=1)
 def _split_combinations() -> tuple[list[Attributes], list[Attributes]]:
     """(training, held out). Of each kind `HELD_OUT_FRACTION` is held out, one combination after the other: of
-    those without which every pair of values is still trained, the one whose values were held out least so
-    far; a hash, the same on every machine, decides between equals."""
+    those without which every pair of values is still trained, the one whose pairs were held out least so
+    far, lest one value foretell another in training; a hash, the same on every machine, decides between
+    equals."""
     training = combinations()
     held: list[Attributes] = []
 
     def held_share(row: Attributes) -> float:
-        """The share of each value that is held out, summed."""
-        shares = 0.0
-        for value in row.items():
-            out, left = (sum(value in other.items() for other in rows) for rows in (held, training))
-            shares += out / (out + left)
-        return shares
+        """The share of each pair of values that would be held out, squared and summed."""
+        shares = []
+        for pair in pairs(row):
+            out, left = (sum(pair in pairs(other) for other in rows) for rows in (held, training))
+            shares.append(((out + 1) / (out + left)) ** 2)
+        return math.fsum(shares)  # the same in any order
 
     def tie(row: Attributes) -> str:
         return hashlib.blake2b(json.dumps(row).encode(), digest_size=8).hexdigest()
