@@ -157,7 +157,7 @@ def choose_prompts(seed: int) -> list[Prompt]:
 
 
 def write_prompts(path: Path, prompts: list[Prompt], seed: int) -> None:
-    """What `sample.py` reads: every prompt with a seed of its own, so that no two begin with the same noise."""
+    """What `sample.py` reads: every prompt with a seed of its own, lest all begin with the same noise."""
     rows = [f'"{prompt.caption}",{seed * len(prompts) + i}\n' for i, prompt in enumerate(prompts)]
     write_text(path, "".join(["prompt,seed\n", *rows]))
 
