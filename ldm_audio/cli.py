@@ -45,6 +45,9 @@ def main() -> None:
     report.add_argument("runs", help="folder of the runs, named such as ARM/seed0")
     report.add_argument("--out", help="where report.md, .csv and .png go (default: RUNS)")
 
+    curves = commands.add_parser("curves", help="draw the metrics of runs over their steps")
+    curves.add_argument("runs", nargs="+", help="folders with metrics.jsonl; each gets a curves.png")
+
     convert = commands.add_parser("convert", help="write published weights as ours")
     convert.add_argument("source", help="folder, file or hf://owner/name[@revision][/file]")
     convert.add_argument("out", help="folder, or FILE.safetensors for one network")
@@ -80,6 +83,10 @@ def main() -> None:
         from ldm_audio.evaluation.report import write_report
 
         print(write_report(args.runs, args.out or args.runs), end="")
+    if args.command == "curves":
+        from ldm_audio.evaluation.curves import draw_curves
+
+        print(*map(draw_curves, args.runs), sep="\n")
     if args.command in ("convert", "inspect", "export"):
         weights(args)
 
