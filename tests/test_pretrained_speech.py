@@ -89,7 +89,7 @@ def test_a_system_of_ours_says_what_the_folder_said(folder, tmp_path):
     convert(folder, tmp_path / "ours", licence="a licence")
     ours, theirs = load(tmp_path / "ours"), load(folder)
     one, other = (speak("eight", [clip()], **SETTINGS) for speak in (ours, theirs))
-    assert all(torch.equal(a, b) for a, b in zip(one.tokens, other.tokens))
+    assert all(torch.equal(a, b) for a, b in zip(one.tokens, other.tokens, strict=True))
     assert torch.equal(one.scores, other.scores)
     system = json.loads((tmp_path / "ours" / "system.json").read_text())
     assert (system["pipeline"], system["licence"]) == ("text_to_speech_tokens", "a licence")

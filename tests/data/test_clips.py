@@ -219,7 +219,7 @@ def test_real_recordings_load_in_workers_as_in_the_main_process():
     data = folder(Path(DATA, "soundbank"), csv="val.csv", sample_rate=16000, num_samples=16000, seed=0)
     steps = StepBatches(len(data), batch_size=4, seed=0, start_step=5, num_steps=3, rank=0, world_size=1)
     for alone, helped in zip(
-        make_loader(data, steps, num_workers=0), make_loader(data, steps, num_workers=2)
+        make_loader(data, steps, num_workers=0), make_loader(data, steps, num_workers=2), strict=True
     ):
         assert torch.equal(alone["waveform"], helped["waveform"]) and alone["caption"] == helped["caption"]
         assert torch.equal(alone["item"], helped["item"]) and alone["waveform"].shape == (4, 16000)

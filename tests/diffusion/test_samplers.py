@@ -306,10 +306,14 @@ def test_one_point_is_found_exactly_in_any_number_of_steps(name, prediction, num
     )
     if name.startswith("ddpm"):
         assert (z0 - 0.7).abs().max() < 1e-9
-    elif name not in ("ddim_eta", "dpm_solver_sde"):
-        first, last = schedule.alphas_cumprod[grid[0]], schedule.alphas_cumprod[0]
-        eps = (z - first.sqrt() * 0.7) / (1 - first).sqrt()
-        assert (z0 - (last.sqrt() * 0.7 + (1 - last).sqrt() * eps)).abs().max() < 1e-9
+        return
+    first, last = schedule.alphas_cumprod[grid[0]], schedule.alphas_cumprod[0]
+    eps = (z - first.sqrt() * 0.7) / (1 - first).sqrt()
+    off, remaining = z0 - last.sqrt() * 0.7, (1 - last).sqrt() * eps
+    if name in ("ddim_eta", "dpm_solver_sde"):  # part of it made way for fresh noise, which is 0 here
+        assert (off.abs() <= remaining.abs() + 1e-9).all()
+    else:
+        assert (off - remaining).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])

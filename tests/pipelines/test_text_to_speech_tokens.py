@@ -66,7 +66,7 @@ def test_latents_are_the_states_that_the_tokens_came_from(speak):
 def test_a_candidate_depends_on_seed_and_number_alone(speak):
     whole = speak("seven", [clip()], **SETTINGS)
     parts = speak("seven", [clip()], **SETTINGS | {"batch_size": 2})
-    assert all(torch.equal(a, b) for a, b in zip(whole.tokens, parts.tokens))
+    assert all(torch.equal(a, b) for a, b in zip(whole.tokens, parts.tokens, strict=True))
     other = speak("seven", [clip()], **SETTINGS | {"seed": 1})
     assert any(not torch.equal(a, b) for a, b in zip(whole.tokens, other.tokens))
 
@@ -132,7 +132,7 @@ def test_packed_networks_say_the_same():
     plain, packed = pipeline(), pipeline().pack()
     assert any(isinstance(module, PackedLinear) for module in packed.speech_lm.modules())
     one, other = (speak("eight", [clip()], **SETTINGS) for speak in (plain, packed))
-    assert all(torch.equal(a, b) for a, b in zip(one.tokens, other.tokens))
+    assert all(torch.equal(a, b) for a, b in zip(one.tokens, other.tokens, strict=True))
     assert torch.allclose(one.scores, other.scores, atol=1e-5)
     assert torch.allclose(one.latents[0], other.latents[0], atol=1e-4)
 
