@@ -1,11 +1,9 @@
-"""What one process, or each process under torchrun, does in the tests of distributed training.
+"""What one process, or each of two, does in the tests of distributed training.
 
-    torchrun --nproc_per_node 2 tests/ranks.py ddp|rest FOLDER
-
-trains toy objectives in float64, each in a folder of its own.
+Toy objectives are trained in float64, each in a folder of its own.
 """
 
-import sys
+import os
 from functools import partial
 from pathlib import Path
 
@@ -85,7 +83,12 @@ def train_the_rest(folder: Path) -> None:
     train(folder / "begun", "latent_diffusion", strategy="fsdp2", max_steps=3)
 
 
-if __name__ == "__main__":
+def run(own_rank: int, port: int, what: str, folder: Path) -> None:
+    """One of two processes, in the environment that torchrun gives; its store is at `port`."""
+    os.environ |= {
+        "RANK": str(own_rank), "LOCAL_RANK": str(own_rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
     torch.set_num_threads(1)
     with process_group("ddp", "cpu"):
-        {"ddp": train_by_ddp, "rest": train_the_rest}[sys.argv[1]](Path(sys.argv[2]))
+        {"ddp": train_by_ddp, "rest": train_the_rest}[what](folder)

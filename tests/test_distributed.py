@@ -13,6 +13,7 @@ import pytest
 import ranks
 import torch
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
 from ldm_audio.distributed import BatchNorm2d
 from ldm_audio.training.checkpoint import load_checkpoint
@@ -28,7 +29,7 @@ def torchrun_command(*arguments: object) -> list[str]:
     return [sys.executable, *launch, *map(str, arguments)]
 
 
-def torchrun(*arguments: object, cwd: Path = TESTS) -> subprocess.CompletedProcess:
+def torchrun(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
     command = torchrun_command(*arguments)
     return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
 
@@ -44,14 +45,22 @@ every_case = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(tmp_path_factory, processes):
     """`two("ddp" or "rest")`: the folder in which two processes trained."""
     folder = tmp_path_factory.mktemp("two")
 
     def trained(what: str) -> Path:
         if not (folder / what).exists():
-            done = torchrun("ranks.py", what, folder / what)
-            assert done.returncode == 0, done.stderr
+            store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+            both = [
+                processes.Process(target=ranks.run, args=(rank, store.port, what, folder / what))
+                for rank in (0, 1)
+            ]
+            for process in both:
+                process.start()
+            for process in both:
+                process.join()
+            assert [process.exitcode for process in both] == [0, 0]
         return folder / what
 
     return trained
@@ -190,12 +199,12 @@ def test_two_processes_tell_an_error_once_and_stop_together_at_a_signal(tmp_path
     )  # fmt: skip
     metrics = tmp_path / "vae" / "metrics.jsonl"
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
             assert time.monotonic() < deadline and launched.poll() is None, launched.communicate()
             time.sleep(0.1)
         launched.send_signal(signal.SIGTERM)
-        out, err = launched.communicate(timeout=120)
+        out, err = launched.communicate(timeout=600)
     finally:
         launched.kill()
     assert "stopped at step" in out, err

@@ -252,7 +252,7 @@ def running(folder: Path, *arguments: str) -> Iterator[subprocess.Popen]:
     )  # fmt: skip
     metrics = folder / "metrics.jsonl"
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
             assert time.monotonic() < deadline and process.poll() is None, process.communicate()
             time.sleep(0.05)
@@ -270,7 +270,7 @@ def test_a_terminated_run_exits_with_the_signals_code_and_loses_nothing(tmp_path
     """As a job scheduler does it: the signal goes to the data workers too."""
     with running(tmp_path / "vae", *LONG_RUN, f"runs={tmp_path}") as process:
         os.killpg(process.pid, signal.SIGTERM)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=600)
     assert process.returncode == 128 + signal.SIGTERM, err
     assert "Traceback" not in err and "stopped at step" in out
     last = load_checkpoint(tmp_path / "vae" / "checkpoints" / "last.pt")

@@ -29,8 +29,9 @@ def by_inflect(engine, number: int) -> str:
 LARGE = (123456, 10**6, 10**6 + 5, 10**9 + 99, 10**9 + 100, 123456789012345678, 10**36 - 1)
 
 
-def test_numbers_up_to_20000_are_inflects(engine):
-    for number in (*range(20001), *LARGE):
+@pytest.mark.parametrize("step", [61, pytest.param(1, marks=pytest.mark.slow)])
+def test_numbers_up_to_20000_are_inflects(engine, step):
+    for number in (*range(3100), *range(3100, 20001, step), *LARGE):
         assert cardinal(str(number), "original") == by_inflect(engine, number), number
 
 

@@ -1,6 +1,5 @@
 import json
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,21 +100,22 @@ def test_overwriting_leaves_alone_what_is_outside_the_folder(tmp_path):
     assert (tmp_path / "precious.wav").exists()
 
 
-def test_processes_that_share_a_folder_lose_nothing(tmp_path):
-    code = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-import toys
-from ldm_audio.pipelines import samples
-samples.mel_sheet = lambda path, *a, **k: path.write_bytes(b"png")
-rank = int(sys.argv[1])
-folder = samples.SampleFolder({folder!r}, mel=toys.mel(), total=40, rank=rank, world_size=2)
-for index in range(rank, 40, 2):
-    folder.add([dict(index=index, rank=0, prompt="x")], 0.1 * torch.ones(1, 800), torch.zeros(1, 16, 5))
-"""
-    code = code.format(folder=str(tmp_path / "out"), tests=str(toys.__file__.rsplit("/", 1)[0]))
-    running = [subprocess.Popen([sys.executable, "-c", code, str(rank)]) for rank in (0, 1)]
-    assert [process.wait(120) for process in running] == [0, 0]
+def fill_every_second(path: Path, rank: int) -> None:
+    """What one of two processes does."""
+    samples.mel_sheet = lambda path, *_, **__: path.write_bytes(b"png")
+    folder = SampleFolder(path, mel=toys.mel(), total=40, rank=rank, world_size=2)
+    for index in range(rank, 40, 2):
+        row = {"index": index, "rank": 0, "prompt": "x"}
+        folder.add([row], 0.1 * torch.ones(1, 800), torch.zeros(1, 16, 5))
+
+
+def test_processes_that_share_a_folder_lose_nothing(tmp_path, processes):
+    both = [processes.Process(target=fill_every_second, args=(tmp_path / "out", rank)) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
     assert [row["index"] for row in listed(tmp_path / "out")] == list(range(40))
 
 

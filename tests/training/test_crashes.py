@@ -1,6 +1,5 @@
 """Whatever ends a run, the same command continues it to the same bits, without a doubled or missing row."""
 
-import multiprocessing
 from pathlib import Path
 
 import crashes
@@ -22,14 +21,6 @@ CASES = [
     for place in crashes.PLACES
     if (name, place) != NO_PREVIEW
 ]
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Starts processes that have imported everything and computed nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["crashes"])
-    return context
 
 
 @pytest.fixture(scope="module")
