@@ -87,7 +87,7 @@ def run(own_rank: int, port: int, what: str, folder: Path) -> None:
     """One of two processes, in the environment that torchrun gives; its store is at `port`."""
     os.environ |= {
         "RANK": str(own_rank), "LOCAL_RANK": str(own_rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
     }  # fmt: skip
     torch.set_num_threads(1)
     with process_group("ddp", "cpu"):
