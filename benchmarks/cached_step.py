@@ -7,7 +7,7 @@ Random weights at AudioLDM-S's size (or the quickstart's) and random sound of 10
 run one full step each in turn: on the fly mel, VAE and CLAP come first, as in the original; cached has their
 results. `--clock cpu` counts the processor's seconds of all threads, for a machine that others use too.
 "Outside" is all of a cached step but the UNet's forward, its backward and the optimiser's step, all
-measured in the same step. Medians; the last line is a JSON object.
+measured in the same step. One step of each warms up; medians; the last line is a JSON object.
 """
 
 import argparse
@@ -112,17 +112,16 @@ def main() -> None:
         whole = inside.now() - started
         return whole, 1 - inside.seconds / whole
 
-    step(on_the_fly, 0), step(cached, 0)
     seconds: dict[str, list[float]] = {"on_the_fly": [], "cached": []}
     outside = []
-    for number in range(1, args.steps + 1):
-        seconds["on_the_fly"].append(step(on_the_fly, number)[0])
-        whole, share = step(cached, number)
-        seconds["cached"].append(whole)
-        outside.append(share)
-        print(
-            f"step {number}: " + ", ".join(f"{name} {values[-1]:.3f} s" for name, values in seconds.items())
-        )
+    for number in range(args.steps + 1):
+        whole, (cached_whole, share) = step(on_the_fly, number)[0], step(cached, number)
+        uncounted = "" if number else ", to warm up"
+        print(f"step {number}{uncounted}: on_the_fly {whole:.3f} s, cached {cached_whole:.3f} s", flush=True)
+        if number:
+            seconds["on_the_fly"].append(whole)
+            seconds["cached"].append(cached_whole)
+            outside.append(share)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     print(
         json.dumps(
