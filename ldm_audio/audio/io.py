@@ -39,8 +39,9 @@ def read_audio(path: str | Path, *, start: int = 0, num_samples: int | None = No
     """float32 (c, s) and its sample rate: `num_samples` from `start` on, or all up to the end of the file.
 
     A window that reaches past the end comes back shorter. Integer formats are scaled to [-1, 1], float
-    formats are returned as they are. An mp3 is decoded from its beginning up to the window: exact, but slow
-    and large in memory for a long one, which is better converted to flac.
+    formats are returned as they are. An mp3 is decoded from its beginning up to the window: exact, at some
+    millisecond of processor time and 200 kB a second of sound and channel, so that long ones, whose windows
+    are read again and again, are better converted to flac or ogg, where seeking is exact.
 
     Raises InputError for a file that is missing, not audio, broken, or holds NaN or infinity, and for a
     window without a sample.
