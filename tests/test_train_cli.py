@@ -284,7 +284,7 @@ def test_a_run_is_refused_while_it_runs_and_continues_as_soon_as_it_is_killed(co
         before = last_row(folder)["step"]
         assert command("train.py", *again) == 2
         assert f"error: {folder}: another process works there" in capsys.readouterr().err
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while last_row(folder)["step"] <= before:  # the first run did not notice
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.05)
