@@ -293,8 +293,10 @@ def pack_linears(network: nn.Module) -> None:
     The network can be neither trained nor saved nor moved any more. Where this torch or this device has no
     such kernels, nothing is changed.
     """
-    for module in list(network.modules()):
-        for name, child in list(module.named_children()):
+    parents = [module for module in network.modules() if not isinstance(module, nn.Linear | nn.Conv2d)]
+    for module in parents:  # a list of all modules would keep every replaced weight to the end
+        for name in [name for name, _ in module.named_children()]:
+            child = module.get_submodule(name)
             if not isinstance(child, nn.Linear | nn.Conv2d) or not can_pack(child.weight):
                 continue
             if isinstance(child, nn.Linear):

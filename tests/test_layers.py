@@ -1,5 +1,7 @@
 """The forms that layers take in inference on the CPU equal the plain ones."""
 
+import weakref
+
 import pytest
 import torch
 import toys
@@ -83,3 +85,18 @@ def test_the_quick_forms_are_for_plain_inference_alone():
         assert layers.is_plain_cpu(x) and not layers.is_plain_cpu(x.double())
         with torch.autocast("cpu", torch.bfloat16):
             assert not layers.is_plain_cpu(x)
+
+
+def test_packing_keeps_no_weight_that_it_replaced(monkeypatch):
+    network = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4)) for _ in range(4)])
+    replaced = [weakref.ref(module) for module in network.modules() if isinstance(module, nn.Linear)]
+    left = []
+
+    class Counting(layers.PackedLinear):
+        def __init__(self, weight, bias):
+            left.append(sum(module() is not None for module in replaced))
+            super().__init__(weight, bias)
+
+    monkeypatch.setattr(layers, "PackedLinear", Counting)
+    pack_linears(network)
+    assert left in ([4, 3, 2, 1], [])  # none where this torch cannot pack
