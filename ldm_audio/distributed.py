@@ -9,6 +9,7 @@ Axes: b batch, c channels, d width.
 """
 
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -18,9 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm_audio.errors import InputError
@@ -219,6 +217,9 @@ def shard(network: nn.Module) -> None:
 
     Scalars cannot be split: they stay whole on every rank, and their gradients are averaged by a hook.
     """
+    from torch.distributed.device_mesh import init_device_mesh  # a second of imports, which sampling saves
+    from torch.distributed.fsdp import fully_shard
+
     scalars = {p for p in network.parameters() if p.ndim == 0}
     for scalar in scalars:
         if scalar.requires_grad:
@@ -244,36 +245,45 @@ def synchronise_gradients(networks: Iterable[nn.Module], enabled: bool) -> None:
     for network in networks:
         if isinstance(network, DistributedDataParallel):
             network.require_backward_grad_sync = enabled
-        if isinstance(network, FSDPModule):
+        if is_sharded([network]):
             network.set_requires_gradient_sync(enabled)
 
 
 def is_sharded(networks: Iterable[nn.Module]) -> bool:
     """Whether a forward of one of them needs all ranks."""
-    return any(isinstance(network, FSDPModule) for network in networks)
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # `shard` imports it: nothing is sharded before
+    return fsdp is not None and any(isinstance(network, fsdp.FSDPModule) for network in networks)
+
+
+def is_split(tensor: Tensor) -> bool:
+    """Whether each rank holds a part of it."""
+    split = sys.modules.get("torch.distributed.tensor")  # no tensor is of a class that nobody imported
+    return split is not None and isinstance(tensor, split.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
     """The part of it that this rank holds, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_split(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of it, on every rank; every rank must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_split(tensor) else tensor
 
 
 def split_as(value: Tensor, like: Tensor) -> Tensor:
     """A whole tensor split over ranks as `like` is."""
-    if isinstance(like, DTensor) and not isinstance(value, DTensor):
+    if is_split(like) and not is_split(value):
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
     return value
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
     """Scales the gradients to a norm of at most `limit`; their norm before that, the same on every rank."""
-    split = [p for p in parameters if isinstance(p, DTensor) and p.grad is not None]
-    rest = [p for p in parameters if not isinstance(p, DTensor) and p.grad is not None]
+    split = [p for p in parameters if is_split(p) and p.grad is not None]
+    rest = [p for p in parameters if not is_split(p) and p.grad is not None]
     gradients = [[p.grad for p in group] for group in (split, rest) if group]
     norms = [whole(torch.nn.utils.get_total_norm(group)) for group in gradients]
     norm = torch.stack(norms).norm() if len(norms) > 1 else norms[0]
@@ -284,5 +294,5 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
 
 def kinds(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Split parameters and whole ones apart, for an optimiser's fused step takes one kind at a time."""
-    groups = [[p for p in parameters if isinstance(p, DTensor) == split] for split in (True, False)]
+    groups = [[p for p in parameters if is_split(p) == split] for split in (True, False)]
     return [group for group in groups if group]

@@ -35,6 +35,7 @@ MAY_IMPORT = {
 ON_TOP = {"config", "exchange", "pretrained", "speech_system", "quickstart", "cli", "sampling"}
 HEAVY = (
     "wandb", "librosa", "tokenizers", "torchaudio", "matplotlib", "transformers", "diffusers", "tensorboard",
+    "sympy",
 )  # fmt: skip
 
 

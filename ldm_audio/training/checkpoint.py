@@ -12,12 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
-from ldm_audio.distributed import barrier, is_main, split_as, world_size
+from ldm_audio.distributed import barrier, is_main, is_split, split_as, world_size
 from ldm_audio.errors import InputError, RunError
 from ldm_audio.files import replacing
 
@@ -36,6 +33,8 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 def save_sharded(path: Path, state: dict, tensors: dict) -> None:
     """The same for tensors that are split over ranks; every rank calls it. `state` holds the step."""
+    import torch.distributed.checkpoint as dcp  # a second of imports, as in `load_shards`
+
     folder = path.parent / SHARDS.format(step=state["step"])
     if is_main():
         shutil.rmtree(folder, ignore_errors=True)  # what a run that was killed here left
@@ -43,7 +42,7 @@ def save_sharded(path: Path, state: dict, tensors: dict) -> None:
     barrier()
     try:
         dcp.save(tensors, checkpoint_id=folder)
-    except CheckpointException as error:
+    except dcp.CheckpointException as error:
         reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
         raise RunError(f"{folder}: not written ({reason})") from error
     if is_main():
@@ -64,7 +63,7 @@ def load_checkpoint(path: Path, like: Mapping[str, Tensor] | None = None) -> dic
         state = torch.load(path, map_location="cpu", weights_only=True)
         if "tensors" in state:
             state |= load_shards(path.parent / state["tensors"], like or {})
-    except (Exception, CheckpointException) as error:  # the latter is no Exception
+    except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"{path}: not a readable checkpoint ({reason}); remove it to start afresh"
@@ -74,6 +73,8 @@ def load_checkpoint(path: Path, like: Mapping[str, Tensor] | None = None) -> dic
 
 def load_shards(folder: Path, like: Mapping[str, Tensor]) -> dict:
     """The nested dict of tensors that `save_sharded` was given."""
+    import torch.distributed.checkpoint as dcp
+
     reader = dcp.FileSystemReader(folder)
     metadata = reader.read_metadata()
     tensors: dict[str, Any] = {}
@@ -84,14 +85,17 @@ def load_shards(folder: Path, like: Mapping[str, Tensor]) -> dict:
         node = tensors
         for name in above:
             node = node.setdefault(name, {})
-        if isinstance(own, DTensor) and own.shape == stored.size:
+        if own is not None and is_split(own) and own.shape == stored.size:
             node[last] = torch.empty_like(own, dtype=stored.properties.dtype)
         else:
             node[last] = torch.empty(stored.size, dtype=stored.properties.dtype)
-    is_split = any(isinstance(tensor, DTensor) for tensor in like.values())
+    alone = world_size() == 1 or not any(is_split(tensor) for tensor in like.values())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        dcp.load(tensors, storage_reader=reader, no_dist=not is_split or world_size() == 1)
+        try:
+            dcp.load(tensors, storage_reader=reader, no_dist=alone)
+        except dcp.CheckpointException as error:  # which is no Exception
+            raise RuntimeError(str(error)) from error
     return tensors
 
 
