@@ -229,7 +229,7 @@ def check_frozen(objective: Objective, folder: Path) -> None:
     Their hashes lie in `frozen.json`; so the copies in the run's system are never stale.
     """
     parts = {name: getattr(objective, name) for name in objective.frozen}
-    hashes = {name: state_hash(part) for name, part in parts.items() if part is not None}
+    hashes = {name: state_hash(part.state_dict()) for name, part in parts.items() if part is not None}
     path = folder / "frozen.json"
     if path.exists() and (folder / "checkpoints" / "last.pt").exists():
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -344,7 +344,7 @@ def encode_data(overrides: Sequence[str]) -> None:
     encoder = Encoder(mel=instantiate(cfg.audio), vocoder=vocoder, device=cfg.device, **parts)
     made_by = latents_made_by(cfg, vae=encoder.vae, clap=encoder.clap)
     if vocoder is not None:
-        made_by["vocoder"] = state_hash(vocoder)
+        made_by["vocoder"] = state_hash(vocoder.state_dict())
     for split in ("train", "val"):
         data = instantiate(cfg.data[split])
         count = len(data) * (cfg.epochs if split == "train" else 1)
@@ -363,8 +363,8 @@ def encode_data(overrides: Sequence[str]) -> None:
 def latents_made_by(cfg: DictConfig, *, vae: torch.nn.Module, clap: torch.nn.Module) -> dict[str, str]:
     """Hashes of what decides a clip's latents: two networks and the front end."""
     return {
-        "vae": state_hash(vae),
-        "clap": state_hash(clap),
+        "vae": state_hash(vae.state_dict()),
+        "clap": state_hash(clap.state_dict()),
         "audio": settings_hash(without_target(cfg.audio)),
     }
 

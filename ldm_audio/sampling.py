@@ -14,6 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm_audio.config import plain, require
+from ldm_audio.convert.sources import local
+from ldm_audio.convert.stored import open_safetensors
 from ldm_audio.errors import InputError
 from ldm_audio.files import replacing
 from ldm_audio.pipelines.encode import state_hash
@@ -24,10 +26,11 @@ from ldm_audio.pipelines.requests import (
     read_embeds,
     read_requests,
     sample_requests,
+    text_embeds,
 )
 from ldm_audio.pipelines.samples import SampleFolder
 from ldm_audio.pipelines.text_to_audio import Edit, TextToAudio
-from ldm_audio.pretrained import load_system
+from ldm_audio.pretrained import PARTS, is_own, load_system
 
 PIECE = 10.24  # seconds, where neither the prompt nor a recording says how long
 SETTINGS = ("spacing", "guidance_rescale", "guidance_interval", "window", "overlap", "decode_window")
@@ -54,8 +57,8 @@ def sample(cfg: DictConfig) -> None:
         device=local_device(cfg.device),
     )
     record = record_of(cfg, system)
-    requests, embeds = prepared(cfg, system, requests, edit)
-    system.set_precision(cfg.precision)
+    requests, embeds, negatives = prepared(cfg, system, requests)
+    system.forget_text().set_precision(cfg.precision)
     if cfg.compile:
         system.compile()
     else:
@@ -74,6 +77,7 @@ def sample(cfg: DictConfig) -> None:
                 system,
                 requests,
                 embeds,
+                negatives,
                 folder,
                 batch_size=cfg.batch_size,
                 settings={name: plain(cfg)[name] for name in SETTINGS}
@@ -124,9 +128,12 @@ def requests_of(cfg: DictConfig, edit: Edit | None) -> list[Request]:
 
 
 def prepared(
-    cfg: DictConfig, system: TextToAudio, requests: Sequence[Request], edit: Edit | None
-) -> tuple[list[Request], Tensor]:
-    """The requests, those in between included, with their embeddings, which are saved where asked for."""
+    cfg: DictConfig, system: TextToAudio, requests: Sequence[Request]
+) -> tuple[list[Request], Tensor, Tensor]:
+    """The requests, those in between included, with the embeddings of prompts and of negative prompts.
+
+    The former are saved where asked for.
+    """
     if cfg.prompt_embeds is not None:
         embeds = read_embeds(cfg.prompt_embeds)
     else:
@@ -137,19 +144,27 @@ def prepared(
     if cfg.save_embeds is not None:
         with replacing(cfg.save_embeds) as temporary, temporary.open("wb") as file:
             np.save(file, embeds.numpy())
-    return requests, embeds
+    negatives = text_embeds(system, [request.negative_prompt for request in requests], cfg.batch_size)
+    return requests, embeds, negatives
 
 
 def record_of(cfg: DictConfig, system: TextToAudio) -> dict[str, Any]:
     """What every sound's entry says of how it was made, the weights' hashes included."""
     settings = plain(cfg)
     names = (*SETTINGS, "sampler", "precision", "interpolate")
-    networks = {name: getattr(system, name) for name in ("unet", "vae", "vocoder", "clap")}
     return {
         **{name: settings[name] for name in names},
         "edit": settings.get("edit"),
-        "weights": {"path": cfg.weights} | {name: state_hash(network) for name, network in networks.items()},
+        "weights": {"path": cfg.weights} | {name: part_hash(cfg, system, name) for name in PARTS},
     }
+
+
+def part_hash(cfg: DictConfig, system: TextToAudio, name: str) -> str:
+    """Of a file of ours, read once more for it: the network's own pages would all be in memory afterwards."""
+    path = local(cfg.weights)
+    if is_own(path) and (name != "vocoder" or cfg.vocoder.path is None):
+        return state_hash(open_safetensors(path / f"{name}.safetensors")[1])
+    return state_hash(getattr(system, name).state_dict())
 
 
 def local_device(device: str) -> str:

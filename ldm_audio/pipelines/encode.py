@@ -9,7 +9,7 @@ Axes: b batch, s samples, c channels, t latent frames, f mel bins (of a latent),
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -188,10 +188,11 @@ def is_whole(path: Path, made_by: dict[str, str]) -> bool:
     return True
 
 
-def state_hash(network: nn.Module) -> str:
+def state_hash(state: Mapping[str, Tensor]) -> str:
     """Hash of a network's parameters and buffers; equal weights give equal hashes on every machine."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(network.state_dict().items()):
+    for name in sorted(state):
+        tensor = state[name]
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -93,12 +93,18 @@ def read_row(row: dict[str, str], default: Request, place: str) -> Request:
 
 def conditions(pipeline: TextToAudio, requests: Sequence[Request], batch_size: int) -> Tensor:
     """(p, d) on the CPU: the embedding of each request's prompt, or of its audio prompt."""
-    embeds = pipeline.embed([request.prompt for request in requests], batch_size).float().cpu()
+    embeds = text_embeds(pipeline, [request.prompt for request in requests], batch_size)
     for row, request in enumerate(requests):
         if request.audio_prompt is not None:
             waveform, rate = read_audio(request.audio_prompt)
             embeds[row] = pipeline.embed_audio(torch.from_numpy(waveform.mean(0))[None], rate)[0].float()
     return embeds
+
+
+def text_embeds(pipeline: TextToAudio, texts: Sequence[str], batch_size: int) -> Tensor:
+    """(p, d) on the CPU; what several have in common is embedded once."""
+    rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    return pipeline.embed(list(rows), batch_size).float().cpu()[[rows[text] for text in texts]]
 
 
 def between(requests: Sequence[Request], embeds: Tensor, num: int) -> tuple[list[Request], Tensor]:
@@ -128,6 +134,7 @@ def sample_requests(
     pipeline: TextToAudio,
     requests: Sequence[Request],
     embeds: Tensor,
+    negatives: Tensor,
     folder: SampleFolder,
     *,
     batch_size: int,
@@ -137,7 +144,8 @@ def sample_requests(
 ) -> None:
     """Makes the folder's share of the requests, writing each batch's sounds as they come.
 
-    embeds: (p, d) conditions of all requests. settings: other arguments of the pipeline's call.
+    embeds, negatives: (p, d) conditions of all requests, and those of their negative prompts.
+    settings: other arguments of the pipeline's call.
     record: what each sound's entry in `samples.jsonl` says besides its request's settings.
     progress: called with the sampling steps done, their total, and the sounds written.
     """
@@ -147,7 +155,7 @@ def sample_requests(
         first = requests[batch[0]]
         generated = pipeline(
             prompt_embeds=embeds[batch],
-            negative_prompts=[requests[i].negative_prompt for i in batch],
+            negative_embeds=negatives[batch],
             seed=[requests[i].seed for i in batch],
             duration=first.duration,
             num_steps=first.num_steps,

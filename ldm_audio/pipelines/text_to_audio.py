@@ -127,17 +127,21 @@ class TextToAudio:
         return self
 
     def pack(self) -> Self:
-        """Orders the UNet's and the VAE's weights for the device, in place: they only sample from here on.
+        """Orders the weights of the UNet and the VAE's decoder for the device, in place: they only sample.
 
-        Channels last in all maps; on the CPU, oneDNN's own order for what allows it.
+        Channels last in all maps; on the CPU, oneDNN's own order for what allows it. The VAE's encoder stays
+        as it is, and in its file, for most sounds need none.
         """
         if self.device.type == "cpu":
             pack_unet(self.unet, self.latent_shape(1)[-1])
-            pack_linears(self.vae)
-        for network in (self.unet, self.vae):
-            for parameter in network.parameters():
-                last = torch.channels_last if parameter.ndim == 4 else torch.contiguous_format
-                parameter.data = parameter.data.clone(memory_format=last)  # none stays a page of its file
+            pack_linears(self.vae.decoder)
+        for network in (self.unet, self.vae.decoder):
+            network.to(memory_format=torch.channels_last)
+        return self
+
+    def forget_text(self) -> Self:
+        """Drops CLAP's text tower, and its memory: from here on conditions are given as embeddings."""
+        self.clap.text_tower = self.clap.text_projection = None
         return self
 
     def compile(self) -> Self:
@@ -160,6 +164,7 @@ class TextToAudio:
         batch_size: int,
         prompt_embeds: Tensor | None = None,
         negative_prompts: Sequence[str] | None = None,
+        negative_embeds: Tensor | None = None,
         num_waveforms_per_prompt: int = 1,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[int, int] | None = None,
@@ -175,8 +180,9 @@ class TextToAudio:
         duration: seconds, to the nearest sample; None: as long as the sound that is edited.
         sampler: of `diffusion.samplers`, its own settings bound: `functools.partial(ddim, eta=1.0)`.
         batch_size: rows at a time (guidance doubles them in the network).
-        negative_prompts: one a prompt, in place of "". seed: of all prompts, or one each; a row's noise
-        depends on it and on the number of the candidate alone: prompts of one seed begin with the same noise.
+        negative_prompts: one a prompt, in place of "", or their embeddings (p, d) as negative_embeds.
+        seed: of all prompts, or one each; a row's noise depends on it and on the number of the candidate
+        alone: prompts of one seed begin with the same noise.
         guidance_*: see `classifier_free`. latents: (b, c, t, f) noise to begin with in place of the seed's.
         edit: changes a recording instead of beginning from nothing, see `pipelines.editing`.
         window, overlap: seconds; what is longer is denoised in windows, see `diffusion.windows`.
@@ -185,17 +191,21 @@ class TextToAudio:
 
         Raises InputError for what cannot be sampled; the message names the argument.
         """
-        self.check(prompts, prompt_embeds, negative_prompts, num_waveforms_per_prompt, batch_size)
+        self.check_texts(prompts, prompt_embeds, negative_prompts, negative_embeds)
+        self.check_counts(num_waveforms_per_prompt, batch_size)
         timesteps = timestep_grid(num_steps, self.schedule, spacing)
         source = None if edit is None else edit.prepare(self, duration)
         num_samples = self.num_samples(duration) if source is None else source.num_samples
         shape = self.latent_shape(num_samples)
-        steps, noise_level = (timesteps, None) if source is None else shortened(timesteps, source)
+        steps, noise_level = (
+            (timesteps, None) if source is None else shortened(timesteps, self.schedule.num_timesteps, source)
+        )
 
         embed = self.embed(prompts, batch_size) if prompt_embeds is None else prompt_embeds
         embed = embed.to(self.device, self.dtype)
-        negative = self.embed([""] if negative_prompts is None else negative_prompts, batch_size)
-        negative = negative.to(embed).expand_as(embed)
+        if negative_embeds is None:
+            negative_embeds = self.embed(negative_prompts or [""], batch_size)
+        negative = negative_embeds.to(embed).expand_as(embed)
         num_prompts, candidates = len(embed), num_waveforms_per_prompt
         embed, negative = (repeat(rows, "p d -> (p k) d", k=candidates) for rows in (embed, negative))
         seeds = [seed] * num_prompts if isinstance(seed, int) else list(seed)
@@ -283,17 +293,18 @@ class TextToAudio:
         start = noise if noise_level is None else noisy(noise, torch.full((len(noise),), noise_level))
         return start, None if source.keep_mask is None else hold
 
-    def check(
+    def check_texts(
         self,
         prompts: Sequence[str] | None,
         prompt_embeds: Tensor | None,
         negative_prompts: Sequence[str] | None,
-        num_waveforms_per_prompt: int,
-        batch_size: int,
+        negative_embeds: Tensor | None,
     ) -> None:
-        """InputError for the arguments that nothing further down looks at."""
+        """InputError for texts and embeddings that are none, or do not fit each other."""
         if (prompts is None) == (prompt_embeds is None):
             raise InputError("expected either prompts or prompt_embeds, one of them")
+        if negative_prompts is not None and negative_embeds is not None:
+            raise InputError("expected either negative_prompts or negative_embeds, not both")
         for name, texts in (("prompts", prompts), ("negative_prompts", negative_prompts)):
             if isinstance(texts, str):
                 raise InputError(f"{name}={texts!r}: expected a list of strings")
@@ -303,11 +314,15 @@ class TextToAudio:
         given = prompts if prompt_embeds is None else prompt_embeds
         if len(given) == 0:
             raise InputError("prompts is empty: expected at least one")
-        if prompt_embeds is not None and prompt_embeds.shape[1:] != (self.clap.joint_dim,):
-            shape = tuple(prompt_embeds.shape)
-            raise InputError(f"prompt_embeds {shape}: expected (prompts, {self.clap.joint_dim})")
-        if negative_prompts is not None and len(negative_prompts) != len(given):
-            raise InputError(f"{len(negative_prompts)} negative_prompts for {len(given)} prompts")
+        for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_embeds", negative_embeds)):
+            if embeds is not None and embeds.shape[1:] != (self.clap.joint_dim,):
+                raise InputError(f"{name} {tuple(embeds.shape)}: expected (prompts, {self.clap.joint_dim})")
+        for name, negatives in (("negative_prompts", negative_prompts), ("negative_embeds", negative_embeds)):
+            if negatives is not None and len(negatives) != len(given):
+                raise InputError(f"{len(negatives)} {name} for {len(given)} prompts")
+
+    def check_counts(self, num_waveforms_per_prompt: int, batch_size: int) -> None:
+        """InputError for numbers below 1, and for candidates that nothing can rank."""
         for name, value in (
             ("num_waveforms_per_prompt", num_waveforms_per_prompt),
             ("batch_size", batch_size),
@@ -374,15 +389,15 @@ def pack_unet(unet: nn.Module, bins: int) -> None:
     pack_linears(unet)
 
 
-def shortened(timesteps: Tensor, source: Source) -> tuple[Tensor, int | None]:
-    """The last `strength` of a grid, one step at least, and the time step that the source is noised to.
+def shortened(timesteps: Tensor, num_timesteps: int, source: Source) -> tuple[Tensor, int | None]:
+    """The steps of a grid in the last `strength` of the schedule, and the time step to noise the source to.
 
-    That is the first one left. AudioLDM's style transfer noises to the one before it (and fails at strength
-    1, where there is none: here it is the first).
+    One step at least. The source is noised to the first one left; AudioLDM's style transfer noises it to the
+    one before that (and fails at strength 1, where there is none: here it is the first).
     """
     if source.strength == 1 and source.keep_mask is not None:
         return timesteps, None
-    skipped = len(timesteps) - max(1, round(source.strength * len(timesteps)))
+    skipped = min(int((timesteps >= source.strength * num_timesteps).sum()), len(timesteps) - 1)
     level = max(0, skipped - 1) if source.one_step_noisier else skipped
     return timesteps[skipped:], int(timesteps[level])
 

@@ -161,7 +161,7 @@ def test_the_stronger_the_style_transfer_the_further_from_the_recording(pipeline
     distances = []
     for strength in (0.02, 0.3, 0.6, 1.0):
         source = StyleTransfer(path=recording, strength=strength).prepare(pipeline, None)
-        steps, level = shortened(timestep_grid(50, pipeline.schedule, "leading"), source)
+        steps, level = shortened(timestep_grid(50, pipeline.schedule, "leading"), 1000, source)
         assert len(steps) == round(50 * strength) and level == steps[0] and torch.equal(source.z0, z0)
         distances.append(1 - pipeline.schedule.alphas_cumprod[level].sqrt().item())
     assert distances == sorted(distances) and distances[0] < 0.01 and distances[-1] > 0.9
@@ -169,12 +169,23 @@ def test_the_stronger_the_style_transfer_the_further_from_the_recording(pipeline
     assert tiny.shape == full.shape == (2, len(recording)) and (tiny - full).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing", "log_snr"])
+def test_a_strength_is_the_same_noise_however_the_steps_are_spaced(pipeline, recording, spacing):
+    source = StyleTransfer(path=recording, strength=0.6).prepare(pipeline, None)
+    for num_steps in (50, 200):
+        _, level = shortened(timestep_grid(num_steps, pipeline.schedule, spacing), 1000, source)
+        assert 600 - 1000 / num_steps - 20 <= level < 600
+    assert len(shortened(timestep_grid(1, pipeline.schedule, spacing), 1000, source)[0]) == 1
+
+
 def test_audioldms_style_transfer_starts_one_step_noisier(pipeline, recording):
     grid = timestep_grid(10, pipeline.schedule, "leading")
     for strength, matched, audioldm in ((0.5, 401, 501), (1.0, 901, 901), (0.01, 1, 101)):
         levels = [
             shortened(
-                grid, StyleTransfer(path=recording, strength=strength, start=start).prepare(pipeline, None)
+                grid,
+                1000,
+                StyleTransfer(path=recording, strength=strength, start=start).prepare(pipeline, None),
             )[1]
             for start in ("matched", "audioldm")
         ]

@@ -16,6 +16,7 @@ from ldm_audio.pipelines.requests import (
     read_embeds,
     read_requests,
     sample_requests,
+    text_embeds,
 )
 from ldm_audio.pipelines.samples import SampleFolder
 
@@ -134,12 +135,15 @@ def test_a_list_makes_the_sounds_that_each_request_makes_alone(tmp_path, monkeyp
         )
     ]
     embeds, told = conditions(pipeline, requests, 4), []
+    negatives = text_embeds(pipeline, [request.negative_prompt for request in requests], 4)
+    pipeline.forget_text()  # the embeddings are all that is needed of it
     settings = {"sampler": partial(ddim, eta=1.0), "spacing": "leading"}
     for rank in (0, 1):  # two shares of one list
         sample_requests(
             pipeline,
             requests,
             embeds,
+            negatives,
             SampleFolder(tmp_path, mel=pipeline.mel, total=4, rank=rank, world_size=2),
             batch_size=4,
             settings=settings,
@@ -154,6 +158,7 @@ def test_a_list_makes_the_sounds_that_each_request_makes_alone(tmp_path, monkeyp
 
     from ldm_audio.audio.io import read_audio
 
+    pipeline = toys.pipeline()
     for row, request in ((rows[2], requests[1]), (rows[3], requests[2]), (rows[4], requests[3])):
         alone = pipeline(
             [request.prompt],

@@ -314,6 +314,18 @@ def test_embeddings_of_the_prompts_give_the_sounds_of_the_prompts(pipeline):
     assert by_embed.prompts == ["", "", ""]
 
 
+def test_with_all_embeddings_given_the_text_tower_is_not_needed():
+    pipeline, negatives = make_pipeline(), ["noise", "", "hiss"]
+    by_text = pipeline(PROMPTS, **SETTINGS, negative_prompts=negatives)
+    embeds, negative = (pipeline.embed(texts, batch_size=3) for texts in (PROMPTS, negatives))
+    given = {"prompt_embeds": embeds, "negative_embeds": negative, "num_waveforms_per_prompt": 1}
+    by_embed = pipeline.forget_text()(**SETTINGS, **given)
+    assert (by_text.waveforms - by_embed.waveforms).abs().max() < 1e-5
+    assert pipeline(**SETTINGS, **given | {"num_waveforms_per_prompt": 2}).scores.isfinite().all()
+    with pytest.raises(InputError, match="no text tower"):
+        pipeline(PROMPTS, **SETTINGS)
+
+
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 @pytest.mark.parametrize(
     "sampler",
@@ -411,6 +423,9 @@ def test_decoding_cuts_the_waveform_and_undoes_the_scale(pipeline):
         ({"negative_prompts": ["x", None, "y"]}, r"negative_prompts\[1\]=None"),
         ({"prompts": None, "prompt_embeds": torch.ones(2, 5)}, r"prompt_embeds \(2, 5\): expected"),
         ({"prompts": None, "prompt_embeds": torch.ones(0, JOINT_DIM)}, "empty"),
+        ({"negative_embeds": torch.ones(3, 5)}, r"negative_embeds \(3, 5\): expected"),
+        ({"negative_embeds": torch.ones(2, JOINT_DIM)}, "2 negative_embeds for 3 prompts"),
+        ({"negative_embeds": torch.ones(3, JOINT_DIM), "negative_prompts": ["x"] * 3}, "not both"),
         ({"duration": 0}, "duration=0"),
         ({"duration": -1.0}, r"duration=-1\.0"),
         ({"duration": 1e-6}, "duration=1e-06"),
