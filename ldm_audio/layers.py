@@ -257,11 +257,11 @@ class PackedNarrowConv(PackedLinear):
 
     def __init__(self, conv: nn.Conv2d, bins: int):
         out, c = conv.weight.shape[:2]
+        taps = rearrange(conv.weight.detach(), "out c lines place -> place out lines c").contiguous()
         kernel = torch.zeros(bins, out, 3, bins, c, dtype=conv.weight.dtype)
         for to in range(bins):
             for source in range(max(0, to - 1), min(bins, to + 2)):
-                taps = rearrange(conv.weight.detach()[..., source - to + 1], "out c lines -> out lines c")
-                kernel[to, :, :, source] = taps
+                kernel[to, :, :, source] = taps[source - to + 1]
         super().__init__(
             rearrange(kernel, "to out lines source c -> (to out) (lines source c)"),
             None if conv.bias is None else conv.bias.detach().repeat(bins),

@@ -42,6 +42,8 @@ def sample(cfg: DictConfig) -> None:
     Under torchrun each process makes its share of the prompts.
     """
     require(cfg)
+    if cfg.batch_size < 1:
+        raise InputError(f"batch_size={cfg.batch_size}: expected 1 or more")
     edit = None if cfg.get("edit") is None else instantiate(cfg.edit, _convert_="all")
     requests = requests_of(cfg, edit)
     rank, world_size = (int(os.environ.get(name, default)) for name, default in SHARE)
@@ -65,7 +67,8 @@ def sample(cfg: DictConfig) -> None:
         system.pack()
 
     folder = SampleFolder(cfg.out, mel=system.mel, **share)
-    with tqdm(unit="step", dynamic_ncols=True, position=rank, desc="sample") as bar:
+    # The delay keeps an empty bar from standing before the line that refuses a request.
+    with tqdm(unit="step", dynamic_ncols=True, position=rank, desc="sample", delay=0.5) as bar:
 
         def progress(done: int, total_steps: int, written: int) -> None:
             bar.total = total_steps
