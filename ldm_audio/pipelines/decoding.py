@@ -47,7 +47,7 @@ def decode_latents(
 def give_back_memory() -> None:
     """Lets the system have what glibc keeps of freed memory: pieces that the next network's maps do not fit.
 
-    After the UNet and the VAE of AudioLDM-S these are 170 MB, which would stand in the peak of the vocoder.
+    After the UNet and the VAE of AudioLDM-S these are 100 MB, which would stand in the peak of the vocoder.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
