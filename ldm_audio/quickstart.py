@@ -34,7 +34,7 @@ SAMPLE_SEEDS = (0, 1, 2)
 DURATION = 2.56  # seconds
 ENCODED = 2048  # clips that the UNet is trained on
 SAMPLING = (
-    "sampler=ddim", "spacing=leading", "num_steps=25", "guidance_scale=1.5", "batch_size=24",
+    "sampler=ddim", "spacing=leading", "num_steps=25", "guidance_scale=2.5", "batch_size=24",
     "overwrite=true",
 )  # fmt: skip
 THREADS = min(os.cpu_count() or 1, 4)  # a stage's: it has all cores while no other one runs
