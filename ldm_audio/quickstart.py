@@ -1,7 +1,7 @@
 """From nothing to sounds from text: every stage in a row on synthetic sounds, by the public path.
 
 Each stage is one call of `train.py`, `ldm-audio encode` or `sample.py` with the configs of
-`experiment/quickstart`, two side by side. Then what was asked for is measured in the sounds.
+`experiment/quickstart`, one thread each, two side by side. Then what was asked for is measured in the sounds.
 """
 
 import json
@@ -37,7 +37,6 @@ SAMPLING = (
     "sampler=ddim", "spacing=leading", "num_steps=25", "guidance_scale=2.5", "batch_size=24",
     "overwrite=true",
 )  # fmt: skip
-THREADS = min(os.cpu_count() or 1, 4)  # a stage's: it has all cores while no other one runs
 COLUMNS = ("chance", "shuffled", "right", "ceiling")
 
 
@@ -81,7 +80,7 @@ def quickstart(folder: str, *, seed: int, overrides: Sequence[str]) -> dict:
 
 
 class Stages:
-    """Runs the stages as processes of their own and notes the seconds."""
+    """Runs the stages as processes of their own, one thread each, and notes the seconds."""
 
     def __init__(self, run: Path, *, seed: int, overrides: Sequence[str]):
         self.run = run
@@ -136,8 +135,7 @@ class Stages:
 
     def _call(self, name: str, arguments: list[str]) -> None:
         started = time.perf_counter()
-        environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(THREADS))
-        environment["OMP_WAIT_POLICY"] = "passive"  # a thread that waits leaves its core to the other stage
+        environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         done = subprocess.run([sys.executable, *arguments], env=environment)
         if done.returncode:
             sys.exit(
