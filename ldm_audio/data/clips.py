@@ -8,7 +8,8 @@ what is drawn depends on (seed, epoch, index) alone, so that an item is the same
 Axes: c channels, s samples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from ldm_audio.audio.beats import Beats
-from ldm_audio.audio.io import read_audio, resample
+from ldm_audio.audio.io import AudioInfo, read_audio, resample
 from ldm_audio.audio.mixup import Mixup, whole_tempo
 from ldm_audio.data.beat_table import TABLE, beats_of
 from ldm_audio.data.loader import ItemKey
@@ -27,26 +28,24 @@ from ldm_audio.errors import InputError
 Normalise = Literal["peak_half", "none"]
 CaptionChoice = Literal["random", "first"]
 Channel = Literal["mix", "first"]
+ReadMono = Callable[[int, int], tuple[np.ndarray, int]]
+"""(start, number of samples) -> mono (s,) and its sample rate."""
 
 CROP_TRIES = 10
 SILENCE = 1e-4  # a crop whose peak is no higher is drawn again
 AUDIOCAPS_PATTERNS = ("{youtube_id}_{start_time}", "Y{youtube_id}")
 
 
-class Clips:
-    """Items of `num_samples` samples at `sample_rate` with a caption and the file's name.
+class Preparation:
+    """How recordings become items of `num_samples` samples at `sample_rate`, wherever they are read from.
 
     normalise: `peak_half` removes the mean and scales to a peak of 0.5, `none` leaves the recording's level.
     random_crop: where a longer recording is cut; False takes its beginning. caption: which of a clip's
-    captions. channel: `mix` averages them, `first` takes the left one. beats: of every clip, for mixing them
-    in time; None where that is not to happen.
-
-    Reading raises InputError for a file that has become unreadable or holds NaN, and names it.
+    captions. channel: `mix` averages them, `first` takes the left one. Raises InputError for other values.
     """
 
     def __init__(
         self,
-        clips: Sequence[Clip],
         *,
         sample_rate: int,
         num_samples: int,
@@ -55,7 +54,6 @@ class Clips:
         random_crop: bool,
         caption: CaptionChoice,
         channel: Channel,
-        beats: Sequence[Beats] | None = None,
     ):
         for name, value, choices in (
             ("normalise", normalise, ("peak_half", "none")),
@@ -71,7 +69,6 @@ class Clips:
         ):
             if value < least:
                 raise InputError(f"{name}={value}: expected {least} or more")
-        self.clips = list(clips)
         self.sample_rate = sample_rate
         self.num_samples = num_samples
         self.seed = seed
@@ -79,6 +76,64 @@ class Clips:
         self.random_crop = random_crop
         self.caption = caption
         self.channel = channel
+
+    def choose_caption(self, captions: Sequence[str], rng: np.random.Generator) -> str:
+        return captions[rng.integers(len(captions)) if self.caption == "random" else 0]
+
+    def segment(self, read: ReadMono, info: AudioInfo, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+        """Mono (s,) at the recording's own rate, just long enough, and that rate."""
+        length = -(-self.num_samples * info.sample_rate // self.sample_rate)
+        surplus = info.num_samples - length
+        if surplus <= 0 or not self.random_crop:
+            return read(0, length)
+        for _ in range(CROP_TRIES):
+            segment = read(int(rng.integers(surplus + 1)), length)
+            if np.abs(segment[0]).max() > SILENCE:
+                break
+        return segment
+
+    def mono(self, samples: np.ndarray) -> np.ndarray:
+        """(c, s) -> (s,)."""
+        return samples[0] if self.channel == "first" else samples.mean(axis=0)
+
+    def level(self, waveform: np.ndarray) -> np.ndarray:
+        """(s,) as `normalise` says."""
+        return peak_half(waveform) if self.normalise == "peak_half" else waveform
+
+    def fitted(self, source: np.ndarray, source_rate: int) -> torch.Tensor:
+        """A segment (s,) at its own rate -> the item's waveform (num_samples,)."""
+        waveform = self.level(resample(source, source_rate, self.sample_rate)[: self.num_samples])
+        padded = np.zeros(self.num_samples, dtype=np.float32)
+        padded[: len(waveform)] = waveform
+        return torch.from_numpy(padded)
+
+
+class Clips(Preparation):
+    """Items with a caption and the file's name, of recordings that each lie in a file.
+
+    beats: of every clip, for mixing them in time; None where that is not to happen. The other settings are
+    those of `Preparation`. Reading raises InputError for a file that has become unreadable or holds NaN, and
+    names it.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        *,
+        sample_rate: int,
+        num_samples: int,
+        seed: int,
+        normalise: Normalise,
+        random_crop: bool,
+        caption: CaptionChoice,
+        channel: Channel,
+        beats: Sequence[Beats] | None = None,
+    ):
+        super().__init__(
+            sample_rate=sample_rate, num_samples=num_samples, seed=seed, normalise=normalise,
+            random_crop=random_crop, caption=caption, channel=channel,
+        )  # fmt: skip
+        self.clips = list(clips)
         self.beats = beats
 
     def __len__(self) -> int:
@@ -97,36 +152,13 @@ class Clips:
         epoch, index, _ = (0, key, key) if isinstance(key, int) else key
         clip = self.clips[index]
         rng = np.random.default_rng([self.seed, epoch, index])
-        caption = self.choose_caption(clip, rng)
-        source, source_rate = self.read_segment(clip, rng)
-        waveform = resample(source, source_rate, self.sample_rate)[: self.num_samples]
-        waveform = self.level(waveform)
-        padded = np.zeros(self.num_samples, dtype=np.float32)
-        padded[: len(waveform)] = waveform
-        return {"waveform": torch.from_numpy(padded), "caption": caption, "file_name": str(clip.path)}
-
-    def choose_caption(self, clip: Clip, rng: np.random.Generator) -> str:
-        return clip.captions[rng.integers(len(clip.captions)) if self.caption == "random" else 0]
-
-    def read_segment(self, clip: Clip, rng: np.random.Generator) -> tuple[np.ndarray, int]:
-        """Mono (s,) at the file's own rate, just long enough, and that rate."""
-        length = -(-self.num_samples * clip.info.sample_rate // self.sample_rate)
-        surplus = clip.info.num_samples - length
-        if surplus <= 0 or not self.random_crop:
-            return self.read_mono(clip, 0, length)
-        for _ in range(CROP_TRIES):
-            segment = self.read_mono(clip, int(rng.integers(surplus + 1)), length)
-            if np.abs(segment[0]).max() > SILENCE:
-                break
-        return segment
+        caption = self.choose_caption(clip.captions, rng)
+        segment = self.segment(partial(self.read_mono, clip), clip.info, rng)
+        return {"waveform": self.fitted(*segment), "caption": caption, "file_name": str(clip.path)}
 
     def read_mono(self, clip: Clip, start: int, num_samples: int) -> tuple[np.ndarray, int]:
-        waveform, sample_rate = read_audio(clip.path, start=start, num_samples=num_samples)  # (c, s)
-        return (waveform[0] if self.channel == "first" else waveform.mean(axis=0)), sample_rate
-
-    def level(self, waveform: np.ndarray) -> np.ndarray:
-        """(s,) as `normalise` says."""
-        return peak_half(waveform) if self.normalise == "peak_half" else waveform
+        samples, sample_rate = read_audio(clip.path, start=start, num_samples=num_samples)  # (c, s)
+        return self.mono(samples), sample_rate
 
     def tempos(self) -> list[float]:
         """Whole beats a minute by index, 0 for a clip without beats."""
@@ -136,7 +168,7 @@ class Clips:
         """The whole recording, to be cut and mixed."""
         clip = self.clips[index]
         rng = np.random.default_rng([self.seed, epoch, index])
-        caption = self.choose_caption(clip, rng)
+        caption = self.choose_caption(clip.captions, rng)
         rate = clip.info.sample_rate
 
         def read(start: float, count: int) -> np.ndarray:

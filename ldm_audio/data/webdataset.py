@@ -26,10 +26,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import soundfile
-import torch
 
-from ldm_audio.audio.io import one_line, resample
-from ldm_audio.data.clips import Channel, Normalise, peak_half
+from ldm_audio.audio.io import AudioInfo, one_line
+from ldm_audio.data.clips import CaptionChoice, Channel, Normalise, Preparation
 from ldm_audio.data.loader import ItemKey
 from ldm_audio.data.remote import Body, expand, is_address, read_part, read_through, version
 from ldm_audio.errors import InputError, RunError
@@ -199,12 +198,12 @@ def words_of(value: object) -> list[str]:
     return [text.strip() for text in values if isinstance(text, str) and text.strip()]
 
 
-class TarClips:
+class TarClips(Preparation):
     """Clips of tar files; items as `Clips` makes them, with one of their captions.
 
     path: a folder of tars, one of them, or an http(s) address, in which `{000..031}` stands for many.
-    caption: `random` draws one in every epoch, `first` takes the first.
     index_folder: where the indices of remote tars are kept; those of local ones lie beside them.
+    The other settings are those of `Preparation`.
 
     Raises InputError where no tar or no clip is to be found; reading does, naming tar and key, for a sound
     that turns out broken, which the loader replaces.
@@ -219,23 +218,20 @@ class TarClips:
         seed: int,
         normalise: Normalise,
         random_crop: bool,
-        caption: str,
+        caption: CaptionChoice,
         channel: Channel,
         template: str,
         index_folder: str | Path,
     ):
+        super().__init__(
+            sample_rate=sample_rate, num_samples=num_samples, seed=seed, normalise=normalise,
+            random_crop=random_crop, caption=caption, channel=channel,
+        )  # fmt: skip
         tars = find_tars(path)
         indices = index_tars(tars, Path(index_folder))
         self.places = [(tar, member) for tar, index in zip(tars, indices) for member in index.members]
         if not self.places:
             raise InputError(f"{path}: no clips in its {len(tars)} tar files, expected key.flac and key.json")
-        self.sample_rate = sample_rate
-        self.num_samples = num_samples
-        self.seed = seed
-        self.normalise = normalise
-        self.random_crop = random_crop
-        self.caption = caption
-        self.channel = channel
         self.template = template
 
     def __len__(self) -> int:
@@ -254,17 +250,16 @@ class TarClips:
         rng = np.random.default_rng([self.seed, epoch, index])
         tar, member = self.places[index]
         captions = captions_of(member.described, template=self.template)
-        caption = captions[int(rng.integers(len(captions))) if self.caption == "random" else 0]
+        caption = self.choose_caption(captions, rng)
         samples, rate = self.read_audio(tar, member)  # (c, s)
-        mono = samples[0] if self.channel == "first" else samples.mean(axis=0)
-        length = -(-self.num_samples * rate // self.sample_rate)
-        surplus = mono.shape[-1] - length
-        start = int(rng.integers(surplus + 1)) if surplus > 0 and self.random_crop else 0
-        waveform = resample(mono[start : start + length], rate, self.sample_rate)[: self.num_samples]
-        waveform = peak_half(waveform) if self.normalise == "peak_half" else waveform
-        padded = np.zeros(self.num_samples, np.float32)
-        padded[: len(waveform)] = waveform
-        return {"waveform": torch.from_numpy(padded), "caption": caption, "file_name": f"{tar}/{member.key}"}
+        mono = self.mono(samples)
+        info = AudioInfo(sample_rate=rate, num_samples=len(mono), num_channels=len(samples))
+        segment = self.segment(lambda start, length: (mono[start : start + length], rate), info, rng)
+        return {
+            "waveform": self.fitted(*segment),
+            "caption": caption,
+            "file_name": f"{tar}/{member.key}",
+        }
 
     def read_audio(self, tar: Tar, member: Member) -> tuple[np.ndarray, int]:
         """float32 (c, s) of the whole clip, and its rate."""

@@ -63,6 +63,22 @@ def data(path: Path | str, **changes) -> TarClips:
     return TarClips(path, **settings | changes)
 
 
+@pytest.mark.parametrize("name, value", [("channel", "left"), ("caption", "last"), ("normalise", "peak")])
+def test_settings_that_do_not_exist_are_refused_as_for_a_folder(name, value, tars):
+    with pytest.raises(InputError, match=f"{name}='{value}': expected"):
+        data(tars, **{name: value})
+
+
+def test_a_silent_part_of_a_long_clip_is_not_taken(tmp_path):
+    waveform = np.zeros(4000, np.float32)
+    waveform[2000:] = 0.5
+    buffer = io.BytesIO()
+    soundfile.write(buffer, waveform, RATE, format="FLAC")
+    write_tar(tmp_path / "0.tar", clip("a", 0.1) | {"a.flac": buffer.getvalue()})
+    found = data(tmp_path)
+    assert all(found[ItemKey(epoch, 0, epoch)]["waveform"].abs().max() > 0.4 for epoch in range(20))
+
+
 def batches(
     found: TarClips, start: int, steps: int, size: int = 2, rank: int = 0, world: int = 1, workers: int = 0
 ) -> list[dict]:
