@@ -53,7 +53,12 @@ def process_group(strategy: str, device: str) -> Iterator[torch.device]:
     except SystemExit:
         dist.destroy_process_group()
         raise
-    dist.destroy_process_group()  # not after an error: the other ranks may never answer
+    else:
+        dist.destroy_process_group()  # not after an error: the other ranks may never answer
+    finally:
+        # DDP keeps gloo's threads alive. One that lets go of the last collective's tensors while the
+        # interpreter ends aborts the process; now it needs only to be scheduled
+        time.sleep(0.5)
 
 
 @contextmanager
