@@ -23,6 +23,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from ldm_audio.layers import is_plain_cpu
 
 WIDE = 64  # channels from which on a convolution with channels last is the quicker one on the CPU
+NARROW = 256  # channels up to which a plain convolution upsamples quicker than a transposed one there
 LEAK = 0.1
 FINAL_LEAK = 0.01  # the original forgot to pass its slope at the last activation; released weights need it
 
@@ -103,9 +104,10 @@ class HiFiGAN(nn.Module):
         x = self.conv_pre(mel)  # (b, c, n)
         blocks_per_stage = len(self.resblocks) // len(self.ups)
         for i, up in enumerate(self.ups):
-            x = up(F.leaky_relu(x, LEAK))  # (b, c / 2, n * rate), a little longer without high_resolution
-            if is_plain_cpu(x) and x.shape[1] >= WIDE:
-                x = x.mT.contiguous().mT  # channels last: what `convolve` is quick with
+            x = F.leaky_relu(x, LEAK)
+            x = upsample(up, x)  # (b, c / 2, n * rate), a little longer without high_resolution
+            if is_plain_cpu(x):  # channels last is what `convolve` is quick with
+                x = x.mT.contiguous().mT if x.shape[1] >= WIDE else x.contiguous()
             blocks = self.resblocks[i * blocks_per_stage : (i + 1) * blocks_per_stage]
             x = sum(block(x) for block in blocks) / blocks_per_stage
         return self.conv_post(F.leaky_relu(x, FINAL_LEAK)).tanh()  # (b, 1, s)
@@ -152,6 +154,21 @@ def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
     kernel = conv.weight.unsqueeze(2)
     padding, dilation = (0, *conv.padding), (1, *conv.dilation)
     return F.conv2d(line, kernel, conv.bias, padding=padding, dilation=dilation).squeeze(2)
+
+
+def upsample(up: nn.ConvTranspose1d, x: Tensor) -> Tensor:
+    """`up(x)`; a narrow one on the CPU by a plain convolution that makes `rate` samples of each step."""
+    if not is_plain_cpu(x) or up.out_channels > NARROW:
+        return up(x)
+    (rate,), (kernel,), (padding,), (extra,) = up.stride, up.kernel_size, up.padding, up.output_padding
+    taps = math.ceil(kernel / rate)
+    weight = F.pad(up.weight, (0, taps * rate - kernel)).unflatten(2, (taps, rate))
+    weight = weight.flip(2).permute(3, 1, 0, 2).flatten(0, 1).unsqueeze(2)  # (rate * c / 2, c, 1, taps)
+    line = x.unsqueeze(2).contiguous(memory_format=torch.channels_last)  # (b, c, 1, s)
+    y = F.conv2d(line, weight, up.bias.repeat(rate), padding=(0, taps - 1)).squeeze(2)
+    y = y.mT.unflatten(2, (rate, up.out_channels)).flatten(1, 2)  # (b, rate * (s + taps - 1), c / 2)
+    size = (x.shape[2] - 1) * rate - 2 * padding + kernel + extra
+    return y[:, padding : padding + size].mT
 
 
 def upsample_padding(*, rate: int, kernel: int, high_resolution: bool) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 import pytest
 import torch
+from torch import nn
 
-from ldm_audio.models.hifigan import HiFiGAN, upsample_padding
+from ldm_audio.models.hifigan import HiFiGAN, upsample, upsample_padding
 
 
 def toy(*, high_resolution: bool = False) -> HiFiGAN:
@@ -67,6 +68,18 @@ def test_high_resolution_padding_multiplies_the_length_exactly(rate):
     padding, extra = upsample_padding(rate=rate, kernel=2 * rate, high_resolution=True)
     up = torch.nn.ConvTranspose1d(1, 1, 2 * rate, rate, padding=padding, output_padding=extra)
     assert up(torch.zeros(1, 1, 11)).shape[-1] == 11 * rate
+
+
+@pytest.mark.parametrize(
+    "rate, kernel, padding, extra", [(2, 4, 1, 0), (4, 16, 6, 0), (5, 16, 5, 0), (5, 10, 3, 1)]
+)
+def test_inference_upsamples_as_the_transposed_convolution(rate, kernel, padding, extra):
+    up = nn.ConvTranspose1d(6, 3, kernel, stride=rate, padding=padding, output_padding=extra)
+    x = torch.randn(2, 6, 7)
+    expected = up(x)
+    with torch.no_grad():
+        assert upsample(up, x).is_contiguous() != expected.is_contiguous()  # it went the other way
+        assert torch.allclose(upsample(up, x), expected, atol=1e-6)
 
 
 def test_weight_norm_changes_no_output_and_can_be_added_twice():
