@@ -9,8 +9,9 @@ from omegaconf import DictConfig
 from ldm_audio import config
 
 
+@config.one_line_errors  # what Hydra says of the overrides
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
-@config.one_line_errors
+@config.one_line_errors  # what our parts say, before Hydra adds to it
 def main(cfg: DictConfig) -> float:
     """Composes, builds, fits; returns the best value of the monitored metric."""
     with config.opened_run(cfg) as device:

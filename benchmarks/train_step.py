@@ -35,6 +35,7 @@ UNTRAINED = (
     "experiment=quickstart/ldm",
     "allow_random_frozen=true",
     "vae=small",
+    "vae.latent_channels=4",
     "~vae.path",
     "clap=small",
     "~clap.path",

@@ -2,8 +2,10 @@
 
 import functools
 import json
+import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException, OverrideParseException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
@@ -41,7 +44,8 @@ NEVER_STOPS = 2**40
 
 
 def one_line_errors(main: Callable) -> Callable:
-    """Prints an InputError as one line on stderr and exits with 2, a RunError with 1, Ctrl-C with 130.
+    """Prints an InputError, and what Hydra finds wrong in the overrides, as one line on stderr and exits with
+    2, a RunError with 1, Ctrl-C with 130; a UserWarning is one line too.
 
     Other errors keep their traceback. Hydra wraps what the parts that it builds raise, so the causes of an
     error are looked at too.
@@ -49,10 +53,15 @@ def one_line_errors(main: Callable) -> Callable:
 
     @functools.wraps(main)
     def wrapped(*args):
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print in several lines
+        warnings.formatwarning = format_warning
         try:
             return main(*args)
         except KeyboardInterrupt:
             sys.exit(130)
+        except (ConfigCompositionException, OverrideParseException) as error:
+            print(f"error: {overrides_error(error)}", file=sys.stderr)
+            sys.exit(2)
         except Exception as error:
             cause = error
             while cause is not None and not isinstance(cause, InputError | RunError):
@@ -63,6 +72,19 @@ def one_line_errors(main: Callable) -> Callable:
             sys.exit(2 if isinstance(cause, InputError) else 1)
 
     return wrapped
+
+
+def overrides_error(error: Exception) -> str:
+    """What Hydra says of a wrong override, in one line, without its search path and its types."""
+    text = str(error).partition("Config search path")[0].partition("full_key")[0]
+    return " ".join(text.split())
+
+
+def format_warning(message: str, category: type[Warning], filename: str, lineno: int, line=None) -> str:
+    """A UserWarning is for who gave the command; of others the place matters."""
+    if category is UserWarning:
+        return f"warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def checkout() -> Path:
