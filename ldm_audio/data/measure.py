@@ -12,7 +12,7 @@ phase make no difference, nor whether a tone is a sine or a buzz of a few harmon
 - motion: by how many mel bands the centre of the power moves.
 - tempo: the allowed period at which the bursts repeat best.
 - metre: in three, one tick follows another; in two, each stands between downbeats.
-- drum: the register of the ticks, or both of the upper ones.
+- drum: the register of the ticks.
 
 Axes: s samples, n frames, f mel bands, k STFT bins.
 """
@@ -30,7 +30,7 @@ WINDOW = 0.064  # seconds
 NUM_BANDS = 64
 TOP = 8000.0  # Hz
 REGISTER_TOPS = (600.0, 2480.0, TOP)  # Hz, of low, middle, high
-DRUM_REGISTERS = {"clap": [1], "hat": [2], "snare": [1, 2]}
+DRUM_REGISTERS = {"clap": 1, "hat": 2}
 TOLERANCE = 0.04  # of a pulse rate or a beat period
 NOTHING = "none"  # the kind of a silent or broken clip
 
@@ -41,7 +41,6 @@ TONE_BANDS = 10.0  # effective number of mel bands
 PULSE_DEPTH = 0.5  # swing between on (1) and off (0) over its mean
 FADE_DROP = 10.0  # dB
 GLIDE = 4.5  # mel bands over the clip; above 1 kHz fifteen make an octave
-BOTH_REGISTERS = 0.4  # amplitude of a snare's bursts in the quieter register over the louder one
 TICKS_IN_A_ROW = 0.1  # of the neighbouring beats with a tick, those with two: 0 in two, 1/3 in three
 
 
@@ -219,11 +218,8 @@ def _measure_beat(power: np.ndarray) -> Attributes:
     """power (n, f)."""
     amplitude = np.sqrt(_registers(power))
     bursts = np.maximum(amplitude - np.median(amplitude, axis=0), 0)
-    middle, high = bursts[:, 1:].max(0)
-    balanced = min(middle, high) > BOTH_REGISTERS * max(middle, high)
-    drum = "snare" if balanced else "clap" if middle > high else "hat"
-    sources = bursts[:, 0], bursts[:, DRUM_REGISTERS[drum]].sum(1)
-    kicks, ticks = (source / max(source.max(), 1e-30) for source in sources)
+    drum = max(DRUM_REGISTERS, key=lambda name: bursts[:, DRUM_REGISTERS[name]].max())
+    kicks, ticks = (bursts[:, i] / max(bursts[:, i].max(), 1e-30) for i in (0, DRUM_REGISTERS[drum]))
 
     beats = kicks + ticks - (kicks + ticks).mean()
     periods = {name: 60.0 / float(name) for name in ATTRIBUTES["beat"]["tempo"]}  # seconds
