@@ -71,6 +71,7 @@ def main() -> None:
             f"vae.path={paths['vae']}",
             f"clap.path={paths['clap']}",
             f"data.path={args.out / 'latents' / arm}",
+            "objective.latent_scale=1",  # of unmixed latents; measured in each arm, losses would not compare
         ]
         call(str(root / "train.py"), *size, *given, f"runs={args.out}", f"run={name}", f"seed={seed}")
         sampling = ["duration=2.56", "num_steps=12", "guidance_scale=2", "batch_size=24", "overwrite=true"]
