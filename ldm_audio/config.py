@@ -1,6 +1,7 @@
 """The Hydra glue: a run's folder, its config on disk, and the parts that a config names, built and joined."""
 
 import functools
+import inspect
 import json
 import os
 import subprocess
@@ -10,11 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_args
 
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, OverrideParseException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 from tqdm import tqdm
@@ -36,6 +38,9 @@ FREE_ON_RESUME = {
     "trainer.log_every", "trainer.device", "trainer.loggers", "logger", "num_workers", "trainer.strategy",
 }  # fmt: skip
 """Keys that may differ when a run is continued: how long it goes on, where, and what it tells."""
+
+NUMBERS = {"seed", "batch_size", "val_batch_size", "val_items", "num_workers"}
+"""Keys of the first level that are whole numbers; the others go to functions that say what they take."""
 
 TRAINING_ONLY = {"dropout", "drop_path", "spec_augment"}
 """Arguments of networks that change how they train and not what they are."""
@@ -153,14 +158,34 @@ def is_below(key: str, keys: Iterable[str]) -> bool:
 
 
 def require(cfg: DictConfig) -> None:
-    """InputError that names the keys without a value, or the key whose value refers to none."""
+    """InputError that names the keys without a value, the key whose value refers to none, or the key of a
+    word where a number belongs."""
     missing = missing_keys(OmegaConf.to_container(cfg, resolve=False))
     if missing:
         raise InputError(f"no value for {', '.join(missing)}: give {missing[0]}=VALUE")
     try:
-        plain(cfg)
+        values = plain(cfg)
     except InterpolationResolutionError as error:
         raise InputError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    for name in NUMBERS & values.keys():
+        if not isinstance(values[name], int):
+            raise InputError(f"{name}={values[name]}: expected a whole number")
+    check_numbers(values)
+
+
+def check_numbers(node: object, key: str = "") -> None:
+    """InputError for a word where the function or class that a node names takes a number."""
+    if not isinstance(node, dict):
+        return
+    target = get_object(node["_target_"]) if "_target_" in node else None
+    parameters = inspect.signature(target).parameters if target else {}
+    for name, value in node.items():
+        path = f"{key}.{name}" if key else str(name)
+        check_numbers(value, path)
+        if isinstance(value, str) and name in parameters:
+            kinds = {parameters[name].annotation, *get_args(parameters[name].annotation)}
+            if kinds & {int, float} and str not in kinds:
+                raise InputError(f"{path}={value}: expected a number")
 
 
 def check_mixup(cfg: DictConfig) -> None:

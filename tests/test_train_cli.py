@@ -387,6 +387,8 @@ def test_an_unknown_option_of_a_command_is_named(refused, tmp_path):
         (("objective=vae", "data=folder"), "no value for data.path"),
         ((*VAE_RUN[:-1], "trainer.precision=fp16"), "trainer.precision=fp16: expected fp32 or bf16"),
         ((*VAE_RUN, "batch_size=0"), "batch_size=0: expected at least 1"),
+        ((*VAE_RUN, "batch_size=two"), "batch_size=two: expected a whole number"),
+        ((*VAE_RUN, "optimizer.lr=1e-3x"), "optimizer.lr=1e-3x: expected a number"),
         ((*VAE_RUN, "trainer.accumulate=2"), "trainer.accumulate=2: VAEObjective takes only 1"),
         ((*VAE_RUN, "audio.fmax=9000"), "fmax=9000"),
         ((*STAGES["clap"], *BRIEF, "tokenizer.vocab_size=9"), "vocab_size=9: expected 260 or more"),

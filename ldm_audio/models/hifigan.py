@@ -22,7 +22,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from ldm_audio.layers import is_plain_cpu
 
-WIDE = 64  # channels from which on a convolution with channels last is the quicker one on the CPU
+WIDE = 32  # channels from which on a convolution with channels last is the quicker one on the CPU
 NARROW = 256  # channels up to which a plain convolution upsamples quicker than a transposed one there
 LEAK = 0.1
 FINAL_LEAK = 0.01  # the original forgot to pass its slope at the last activation; released weights need it
@@ -139,21 +139,39 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, s) -> (b, c, s)."""
         in_place = not torch.is_grad_enabled()
+        out = x
         for dilated, plain in zip(self.convs1, self.convs2, strict=True):
-            h = F.leaky_relu(convolve(dilated, F.leaky_relu(x, LEAK)), LEAK, inplace=in_place)
-            h = convolve(plain, h)
-            x = h.add_(x) if in_place else x + h
-        return x
+            h = F.leaky_relu(convolve(dilated, F.leaky_relu(out, LEAK)), LEAK, inplace=in_place)
+            if out is x or not in_place:
+                out = out + convolve(plain, h)
+            else:
+                convolve_onto(out, plain, h)
+        return out
 
 
 def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
     """`conv(x)`; a wide one with channels last in memory, which oneDNN is quicker with, on the CPU."""
     if not is_plain_cpu(x) or conv.in_channels < WIDE:
         return conv(x)
-    line = x.unsqueeze(2).contiguous(memory_format=torch.channels_last)  # (b, c, 1, s)
-    kernel = conv.weight.unsqueeze(2)
     padding, dilation = (0, *conv.padding), (1, *conv.dilation)
-    return F.conv2d(line, kernel, conv.bias, padding=padding, dilation=dilation).squeeze(2)
+    weight = conv.weight.unsqueeze(2)
+    return F.conv2d(as_line(x), weight, conv.bias, padding=padding, dilation=dilation).squeeze(2)
+
+
+def convolve_onto(out: Tensor, conv: nn.Conv1d, x: Tensor) -> None:
+    """Adds `conv(x)` to `out` in place; a wide one on the CPU without a tensor in between."""
+    if not is_plain_cpu(x) or conv.in_channels < WIDE or not out.mT.is_contiguous():
+        out.add_(convolve(conv, x))
+        return
+    torch.ops.mkldnn._convolution_pointwise_.binary(
+        as_line(out), as_line(x), conv.weight.unsqueeze(2), conv.bias, (0, *conv.padding), (1, 1),
+        (1, *conv.dilation), 1, "add", 1.0, None, [], None,
+    )  # fmt: skip
+
+
+def as_line(x: Tensor) -> Tensor:
+    """(b, c, s) -> (b, c, 1, s) with channels last in memory, without a copy where they are so already."""
+    return x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
 
 
 def upsample(up: nn.ConvTranspose1d, x: Tensor) -> Tensor:
@@ -164,8 +182,7 @@ def upsample(up: nn.ConvTranspose1d, x: Tensor) -> Tensor:
     taps = math.ceil(kernel / rate)
     weight = F.pad(up.weight, (0, taps * rate - kernel)).unflatten(2, (taps, rate))
     weight = weight.flip(2).permute(3, 1, 0, 2).flatten(0, 1).unsqueeze(2)  # (rate * c / 2, c, 1, taps)
-    line = x.unsqueeze(2).contiguous(memory_format=torch.channels_last)  # (b, c, 1, s)
-    y = F.conv2d(line, weight, up.bias.repeat(rate), padding=(0, taps - 1)).squeeze(2)
+    y = F.conv2d(as_line(x), weight, up.bias.repeat(rate), padding=(0, taps - 1)).squeeze(2)
     y = y.mT.unflatten(2, (rate, up.out_channels)).flatten(1, 2)  # (b, rate * (s + taps - 1), c / 2)
     size = (x.shape[2] - 1) * rate - 2 * padding + kernel + extra
     return y[:, padding : padding + size].mT
