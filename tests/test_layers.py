@@ -75,7 +75,9 @@ def test_a_wide_vocoder_with_channels_last_equals_itself(monkeypatch):
     mel = randn(2, 16, 11)
     quick = vocoder(mel)
     monkeypatch.setattr("ldm_audio.models.hifigan.is_plain_cpu", lambda x: False)
-    assert (vocoder(mel) - quick).abs().max() < 1e-5 and quick.std() > 1e-3
+    plain, exact = vocoder(mel), vocoder.double()(mel.double())
+    assert not torch.equal(quick, plain) and exact.std() > 1e-3
+    assert max((quick - exact).abs().max(), (plain - exact).abs().max()) < 2e-5  # alike: weights are large
 
 
 def test_the_quick_forms_are_for_plain_inference_alone():
