@@ -25,6 +25,7 @@ from ldm_audio.pipelines.requests import (
     conditions,
     read_embeds,
     read_requests,
+    rows_within,
     sample_requests,
     text_embeds,
 )
@@ -44,6 +45,10 @@ def sample(cfg: DictConfig) -> None:
     require(cfg)
     if cfg.batch_size < 1:
         raise InputError(f"batch_size={cfg.batch_size}: expected 1 or more")
+    if cfg.memory_limit is not None and not (
+        isinstance(cfg.memory_limit, int | float) and cfg.memory_limit > 0
+    ):
+        raise InputError(f"memory_limit={cfg.memory_limit}: expected GB, more than 0")
     edit = None if cfg.get("edit") is None else instantiate(cfg.edit, _convert_="all")
     requests = requests_of(cfg, edit)
     rank, world_size = (int(os.environ.get(name, default)) for name, default in SHARE)
@@ -66,6 +71,21 @@ def sample(cfg: DictConfig) -> None:
     else:
         system.pack()
 
+    settings = {name: plain(cfg)[name] for name in SETTINGS}
+    settings |= {"sampler": instantiate(cfg.sampler), "edit": edit}
+    batch_size = cfg.batch_size
+    if cfg.memory_limit is not None:
+        batch_size = rows_within(
+            system,
+            requests,
+            embeds,
+            negatives,
+            limit=cfg.memory_limit,
+            batch_size=batch_size,
+            settings=settings,
+        )
+        print(f"memory_limit={cfg.memory_limit}: {batch_size} at a time", file=sys.stderr)
+
     folder = SampleFolder(cfg.out, mel=system.mel, **share)
     # The delay keeps an empty bar from standing before the line that refuses a request.
     with tqdm(unit="step", dynamic_ncols=True, position=rank, desc="sample", delay=0.5) as bar:
@@ -82,9 +102,8 @@ def sample(cfg: DictConfig) -> None:
                 embeds,
                 negatives,
                 folder,
-                batch_size=cfg.batch_size,
-                settings={name: plain(cfg)[name] for name in SETTINGS}
-                | {"sampler": instantiate(cfg.sampler), "edit": edit},
+                batch_size=batch_size,
+                settings=settings,
                 record=record,
                 progress=progress,
             )

@@ -8,7 +8,7 @@ import torch
 import toys
 
 from ldm_audio.audio.io import read_audio, write_wav
-from ldm_audio.pipelines import samples
+from ldm_audio.pipelines import requests, samples
 from ldm_audio.pipelines.encode import state_hash
 from ldm_audio.pretrained import save_network, write_system
 
@@ -79,6 +79,13 @@ def test_the_default_sampler_is_the_best_of_the_comparison(sampled):
     assert (row["spacing"], row["num_steps"]) == ("log_snr", 20)
 
 
+def test_under_a_memory_limit_as_many_rows_at_a_time_as_fit(sampled, monkeypatch, capsys):
+    monkeypatch.setattr(requests, "peak_growth", lambda call, device: 1.5e9)
+    rows = sampled("prompt=[rain,a hum,a bell]", "num_steps=2", "memory_limit=3.2")
+    assert [row["index"] for row in rows] == [0, 1, 2]
+    assert "memory_limit=3.2: 2 at a time" in capsys.readouterr().err
+
+
 def test_hashes_are_those_of_the_networks_whether_of_ours_or_of_another_vocoder(sampled, system):
     vocoder = toys.vocoder()
     save_network(vocoder, system / "other.safetensors", recipe=vocoder.recipe, provenance=None)
@@ -108,6 +115,8 @@ def test_candidates_need_a_clap_that_hears(system, command, tmp_path, capsys):
     [
         (["sampler=euler"], "unipc"),
         (["batch_size=0"], "batch_size=0: expected 1 or more"),
+        (["memory_limit=none"], "memory_limit=none: expected GB, more than 0"),
+        (["memory_limit=1e-6"], "memory_limit=1e-06: one sound takes 0."),
         (["duration=-1"], "duration=-1: expected seconds, more than 0"),
         (["edit=style_transfer", "edit.path={}/in.wav", "edit.strength=0"], "strength=0"),
         (["edit=inpainting", "edit.path={}/in.wav", "edit.mask=[]"], "mask"),

@@ -7,15 +7,13 @@ look at all frames, and pieces that are decoded with neighbours only come near t
 Axes: b batch, c channels, t latent frames, f mel bins (of the latent or of the mel), n mel frames, s samples.
 """
 
-import ctypes
-import sys
-
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from ldm_audio.diffusion.windows import fade_weights, window_starts
 from ldm_audio.errors import InputError
+from ldm_audio.pipelines.memory import give_back_memory
 
 VOCODER_FRAMES = 512  # mel frames a piece
 
@@ -42,16 +40,6 @@ def decode_latents(
         )
     give_back_memory()
     return vocode(vocoder, mel)[:, :num_samples], mel
-
-
-def give_back_memory() -> None:
-    """Lets the system have what glibc keeps of freed memory: pieces that the next network's maps do not fit.
-
-    After the UNet and the VAE of AudioLDM-S these are 100 MB, which would stand in the peak of the vocoder.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def decode_mel(vae: nn.Module, z: Tensor, decode_window: int | None) -> Tensor:

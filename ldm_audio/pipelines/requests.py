@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ldm_audio.audio.io import read_audio
 from ldm_audio.errors import InputError
+from ldm_audio.pipelines.memory import peak_growth
 from ldm_audio.pipelines.samples import SampleFolder
 from ldm_audio.pipelines.text_to_audio import Progress, TextToAudio, interpolate
 
@@ -176,6 +177,44 @@ def sample_requests(
                 entry["score"] = round(generated.scores[row].item(), 6)
             records.append(entry | record)
         folder.add(records, generated.waveforms, generated.mels)
+
+
+def rows_within(
+    pipeline: TextToAudio,
+    requests: Sequence[Request],
+    embeds: Tensor,
+    negatives: Tensor,
+    *,
+    limit: float,
+    batch_size: int,
+    settings: dict[str, Any],
+) -> int:
+    """How many rows at a time, `batch_size` at most, take no more than `limit` GB beyond the networks.
+
+    Counted as so many times what one step, decoder and vocoder take for one row of the longest request,
+    measured the second time, for the first reads the networks themselves. Arguments as for `sample_requests`.
+    Raises InputError where not even one row fits.
+    """
+    longest = max(range(len(requests)), key=lambda i: requests[i].duration or 0)
+    request = requests[longest]
+
+    def one_row() -> None:
+        pipeline(
+            prompt_embeds=embeds[[longest]],
+            negative_embeds=negatives[[longest]],
+            seed=request.seed,
+            duration=request.duration,
+            num_steps=1,
+            guidance_scale=request.guidance_scale,
+            batch_size=1,
+            **settings,
+        )
+
+    one_row()
+    taken = peak_growth(one_row, pipeline.device) / 1e9
+    if taken > limit:
+        raise InputError(f"memory_limit={limit}: one sound takes {taken:.2f} GB beyond the networks")
+    return min(batch_size, int(limit / taken))
 
 
 def in_batches(requests: Sequence[Request], batch_size: int, indices: Sequence[int]) -> Iterator[list[int]]:
