@@ -1,8 +1,7 @@
 """From nothing to sounds from text: every stage in a row on synthetic sounds, by the public path.
 
 Each stage is one call of `train.py`, `ldm-audio encode` or `sample.py` with the configs of
-`experiment/quickstart`: two side by side with one thread each, but the UNet's training, which comes when the
-others are done, with two. Then what was asked for is measured in the sounds.
+`experiment/quickstart`, one thread each, two side by side. Then what was asked for is measured in the sounds.
 """
 
 import json
@@ -81,7 +80,7 @@ def quickstart(folder: str, *, seed: int, overrides: Sequence[str]) -> dict:
 
 
 class Stages:
-    """Runs the stages as processes of their own and notes the seconds."""
+    """Runs the stages as processes of their own, one thread each, and notes the seconds."""
 
     def __init__(self, run: Path, *, seed: int, overrides: Sequence[str]):
         self.run = run
@@ -97,7 +96,7 @@ class Stages:
             f"trainer.bar_position={bar}",
         ]
         arguments += [*self.paths(name), *self.common]
-        self._call(name, [str(self.root / "train.py"), *arguments], threads=2 if name == "ldm" else 1)
+        self._call(name, [str(self.root / "train.py"), *arguments])
 
     def paths(self, name: str) -> list[str]:
         """Where a stage finds what the earlier ones left."""
@@ -134,9 +133,9 @@ class Stages:
         ]
         self._call(f"sample_{seed}", [str(self.root / "sample.py"), *arguments])
 
-    def _call(self, name: str, arguments: list[str], threads: int = 1) -> None:
+    def _call(self, name: str, arguments: list[str]) -> None:
         started = time.perf_counter()
-        environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+        environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         done = subprocess.run([sys.executable, *arguments], env=environment)
         if done.returncode:
             sys.exit(
