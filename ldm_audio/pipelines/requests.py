@@ -211,7 +211,7 @@ def rows_within(
         )
 
     one_row()
-    taken = peak_growth(one_row, pipeline.device) / 1e9
+    taken = max(peak_growth(one_row, pipeline.device), 1) / 1e9
     if taken > limit:
         raise InputError(f"memory_limit={limit}: one sound takes {taken:.2f} GB beyond the networks")
     return min(batch_size, int(limit / taken))
