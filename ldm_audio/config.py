@@ -31,6 +31,7 @@ from ldm_audio.evaluation.retrieval import retrieval
 from ldm_audio.files import only_one_in, write_json, write_text
 from ldm_audio.objectives.base import Objective
 from ldm_audio.pipelines.encode import Encoder, encode, settings_hash, state_hash
+from ldm_audio.pipelines.memory import keep_freed_memory
 from ldm_audio.training.trainer import Trainer
 
 FREE_ON_RESUME = {
@@ -120,6 +121,8 @@ def opened_run(cfg: DictConfig) -> Iterator[torch.device]:
         process_group(cfg.trainer.strategy, cfg.trainer.device) as device,
         only_one_in(Path(cfg.folder)) if is_main() else nullcontext(),
     ):
+        if device.type == "cpu":
+            keep_freed_memory()
         open_folder(Path(cfg.folder), plain(cfg) | {"processes": world_size()})
         torch.manual_seed(cfg.seed)
         yield device
@@ -380,6 +383,7 @@ def unreadable_clips(cfg: DictConfig, split: str) -> Path:
 def encode_data(overrides: Sequence[str]) -> None:
     """`ldm-audio encode`: writes the latents of data.train and data.val."""
     cfg = composed("encode", overrides)
+    keep_freed_memory()
     if cfg.mixup.prob > 0 and "mixup" not in cfg.data.train:
         raise InputError("mixup: this data cannot be mixed; folder, audiocaps and synthetic_tracks can")
     if not 0 <= cfg.part < cfg.parts:
