@@ -123,7 +123,7 @@ def sample_ours(pipeline, prompts: list[str] | None, *, steps: int, duration: fl
 
 
 def child(kind: str, who: str, folder: Path, device: str) -> dict[str, float]:
-    """In a process of its own: seconds since the start, and the peak of memory in MB."""
+    """In a process of its own: the processor's seconds until there is a sound, the peak of memory in MB."""
     duration = {"cold": 2.56, "memory": DURATION, "long": 60.0}[kind]  # seconds
     if who == "ours":
         sample_ours_as_command(folder, device, duration=duration)
@@ -137,14 +137,16 @@ def child(kind: str, who: str, folder: Path, device: str) -> dict[str, float]:
 
 
 def spawn(kind: str, who: str, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """Runs `child`; its wall clock includes the start of the interpreter and the imports."""
+    """Runs `child`; its wall clock: from the interpreter's start until there is a sound, not to its end."""
     command = [sys.executable, __file__, "--child", kind, who, str(folder), "--device", arguments.device]
     environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
     started = time.perf_counter()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1]) | {"wall": time.perf_counter() - started}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    told = process.stdout.readline()
+    wall = time.perf_counter() - started
+    if process.wait():
+        sys.exit(process.returncode)
+    return json.loads(told) | {"wall": wall}
 
 
 def by_turns(
@@ -274,7 +276,7 @@ def main() -> None:
     if arguments.child:
         warnings.filterwarnings("ignore")
         kind, who, folder = arguments.child
-        print(json.dumps(child(kind, who, Path(folder), arguments.device)))
+        print(json.dumps(child(kind, who, Path(folder), arguments.device)), flush=True)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)

@@ -256,12 +256,12 @@ class PackedNarrowConv(PackedLinear):
     """
 
     def __init__(self, conv: nn.Conv2d, bins: int):
-        out, c = conv.weight.shape[:2]
-        taps = rearrange(conv.weight.detach(), "out c lines place -> place out lines c").contiguous()
-        kernel = torch.zeros(bins, out, 3, bins, c, dtype=conv.weight.dtype)
+        weight = conv.weight.detach()
+        out, c = weight.shape[:2]
+        kernel = weight.new_empty(bins, out, 3, bins, c)
         for to in range(bins):
-            for source in range(max(0, to - 1), min(bins, to + 2)):
-                kernel[to, :, :, source] = taps[source - to + 1]
+            for source in range(bins):  # of one or two bins each meets each
+                kernel[to, :, :, source] = weight[..., source - to + 1].mT
         super().__init__(
             rearrange(kernel, "to out lines source c -> (to out) (lines source c)"),
             None if conv.bias is None else conv.bias.detach().repeat(bins),
