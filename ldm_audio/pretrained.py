@@ -7,14 +7,13 @@ Published weights (see `convert.sources`) load through the same functions; `exch
 
 import json
 import warnings
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
-from hydra.errors import InstantiationException
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -180,47 +179,42 @@ class WithoutInit(TorchFunctionMode):
 
 
 def build(recipe: dict, *, source: str) -> nn.Module:
-    """Instantiates a recipe on the meta device after checking every `_target_` in it."""
+    """Builds a recipe on the meta device; InputError where it makes no network, or names other than ours."""
     if not isinstance(recipe, dict) or "_target_" not in recipe:
         raise InputError(f"{source}: its recipe names no network")
-    check_targets(recipe, source)
     try:
         with torch.device("meta"), WithoutInit():
-            network = hydra.utils.instantiate(recipe, _convert_="all")
-    except (InstantiationException, RuntimeError, ValueError, TypeError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
+            network = made(recipe, source)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
         raise InputError(f"{source}: its config makes no network ({reason})") from error
     network.recipe = recipe
     return network
 
 
-def check_targets(node: object, source: str) -> None:
-    """InputError for what is not a class of `ALLOWED_TARGETS`: a file must not choose what code runs."""
+def made(node: object, source: str) -> object:
+    """A node of a recipe, built: what has a `_target_` becomes that class's instance, from the inside out.
+
+    InputError for what is no class of `ALLOWED_TARGETS`: a file must not choose what code runs.
+    """
     if isinstance(node, list):
-        for child in node:
-            check_targets(child, source)
-    if isinstance(node, dict):
-        if "_target_" in node and not is_own_class(str(node["_target_"])):
-            target = node["_target_"]
-            raise InputError(
-                f"{source}: its recipe names {target}, which is not one of this package's networks"
-            )
-        for child in node.values():
-            check_targets(child, source)
-    if isinstance(node, str) and "${" in node:
-        raise InputError(f"{source}: its recipe holds {node}, expected plain values")
+        return [made(child, source) for child in node]
+    if not isinstance(node, dict):
+        return node
+    target = own_class(str(node["_target_"]), source) if "_target_" in node else dict
+    return target(**{name: made(child, source) for name, child in node.items() if name != "_target_"})
 
 
-def is_own_class(target: str) -> bool:
-    """Whether a class of that name is defined in one of our modules (and not imported there, like `os`)."""
+def own_class(target: str, source: str) -> type:
+    """The class of that name, defined in one of our modules (and not imported there, like `os`)."""
     module, _, name = target.rpartition(".")
-    if not module.startswith(ALLOWED_TARGETS):
-        return False
-    try:
-        found = getattr(import_module(module), name, None)
-    except ImportError:
-        return False
-    return isinstance(found, type) and found.__module__ == module
+    found = None
+    if module.startswith(ALLOWED_TARGETS):
+        with suppress(ImportError):
+            found = getattr(import_module(module), name, None)
+    if not isinstance(found, type) or found.__module__ != module:
+        raise InputError(f"{source}: its recipe names {target}, which is not one of this package's networks")
+    return found
 
 
 def save_network(
@@ -323,9 +317,9 @@ def load_system(
             return speech_pipeline(parts, source.system, place, path).to(device)
         system, words = source.system, find_tokenizer(source, path, tokenizer)
         parts = {name: build_part(part) for name, part in source.parts.items()}
+        warn_if_collapsed(parts["clap"], words, path)  # ours were looked at when they were converted
     if vocoder is not None:
         parts["vocoder"] = load_network(vocoder, part="vocoder")
-    warn_if_collapsed(parts["clap"], words, path)
     with located(path):
         pipeline = TextToAudio(
             **parts,
