@@ -62,6 +62,7 @@ def one_line_errors(main: Callable) -> Callable:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print in several lines
         warnings.formatwarning = format_warning
         try:
+            check_groups(sys.argv[1:])
             return main(*args)
         except KeyboardInterrupt:
             sys.exit(130)
@@ -78,6 +79,13 @@ def one_line_errors(main: Callable) -> Callable:
             sys.exit(2 if isinstance(cause, InputError) else 1)
 
     return wrapped
+
+
+def check_groups(overrides: Sequence[str]) -> None:
+    """InputError for a config group set to null, of which Hydra does not say which it is."""
+    for name in (override.removesuffix("=null") for override in overrides if override.endswith("=null")):
+        if name and (checkout() / "configs" / name).is_dir():
+            raise InputError(f"{name}=null: a config group is left out by ~{name}")
 
 
 def overrides_error(error: Exception) -> str:
@@ -302,10 +310,15 @@ def check_latents(objective: Objective, data_sets: Sequence, cfg: DictConfig) ->
         raise InputError(
             f"data=latents: {type(objective).__name__} learns from sound, not from cached latents"
         )
-    ours = latents_made_by(cfg, vae=objective.vae, clap=objective.clap)
+    ours = latents_made_by(cfg, {"vae": objective.vae, "clap": objective.clap})
     for encoders in cached:
+        if "clap" not in encoders and objective.text_probability < 1:
+            raise InputError(
+                "data.path: encoded without CLAP (~clap), its latents have no audio embeddings; "
+                "conditioning=text needs none, or encode with clap.path"
+            )
         for name, digest in ours.items():
-            if encoders.get(name) != digest:
+            if encoders.get(name, digest if name == "clap" else None) != digest:
                 raise InputError(
                     f"the latents at data.path were made by another {name} than this run's "
                     f"(hash {encoders.get(name)}, here {digest}): encode again"
@@ -383,19 +396,18 @@ def unreadable_clips(cfg: DictConfig, split: str) -> Path:
 def encode_data(overrides: Sequence[str]) -> None:
     """`ldm-audio encode`: writes the latents of data.train and data.val."""
     cfg = composed("encode", overrides)
-    keep_freed_memory()
+    if cfg.device == "cpu":
+        keep_freed_memory()
     if cfg.mixup.prob > 0 and "mixup" not in cfg.data.train:
         raise InputError("mixup: this data cannot be mixed; folder, audiocaps and synthetic_tracks can")
     if not 0 <= cfg.part < cfg.parts:
         raise InputError(f"part={cfg.part} parts={cfg.parts}: expected part from 0 to parts - 1")
-    names = ("vae", "clap", "tokenizer", "mixup")
-    parts = {name: instantiate(cfg[name]) for name in names}
-    vocoder = instantiate(cfg.vocoder) if "vocoder" in cfg else None
-    check_front_ends({"vae": parts["vae"], "vocoder": vocoder}, cfg)
-    encoder = Encoder(mel=instantiate(cfg.audio), vocoder=vocoder, device=cfg.device, **parts)
-    made_by = latents_made_by(cfg, vae=encoder.vae, clap=encoder.clap)
-    if vocoder is not None:
-        made_by["vocoder"] = state_hash(vocoder.state_dict())
+    names = ("vae", "clap", "tokenizer", "vocoder", "mixup")
+    parts = {name: instantiate(cfg[name]) if name in cfg else None for name in names}
+    networks = {name: parts[name] for name in ("vae", "clap", "vocoder") if parts[name] is not None}
+    check_front_ends(networks, cfg)
+    encoder = Encoder(mel=instantiate(cfg.audio), device=cfg.device, **parts)
+    made_by = latents_made_by(cfg, networks)
     for split in ("train", "val"):
         data = instantiate(cfg.data[split])
         count = len(data) * (cfg.epochs if split == "train" else 1)
@@ -411,13 +423,10 @@ def encode_data(overrides: Sequence[str]) -> None:
             )  # fmt: skip
 
 
-def latents_made_by(cfg: DictConfig, *, vae: torch.nn.Module, clap: torch.nn.Module) -> dict[str, str]:
-    """Hashes of what decides a clip's latents: two networks and the front end."""
-    return {
-        "vae": state_hash(vae.state_dict()),
-        "clap": state_hash(clap.state_dict()),
-        "audio": settings_hash(without_target(cfg.audio)),
-    }
+def latents_made_by(cfg: DictConfig, networks: Mapping[str, torch.nn.Module]) -> dict[str, str]:
+    """Hashes of what decides a clip's latents: the networks and the front end."""
+    hashes = {name: state_hash(network.state_dict()) for name, network in networks.items()}
+    return hashes | {"audio": settings_hash(without_target(cfg.audio))}
 
 
 def read_ranges(data, num_workers: int, ranges: Sequence[range]) -> Iterable[dict]:

@@ -58,11 +58,10 @@ def quickstart(folder: str, *, seed: int, overrides: Sequence[str]) -> dict:
         write_prompts(run / f"prompts_seed{sample_seed}.csv", prompts, sample_seed)
 
     with ThreadPoolExecutor(max_workers=2) as pool:
-        clap = pool.submit(stages.train, "clap")
-        vae = pool.submit(stages.train, "vae")
+        encoded = pool.submit(lambda: (stages.train("vae"), stages.encode()))
+        ldm = pool.submit(lambda: (stages.train("clap"), encoded.result(), stages.train("ldm")))
         vocoder = pool.submit(stages.train, "vocoder")
-        ldm = pool.submit(lambda: (clap.result(), vae.result(), stages.encode(), stages.train("ldm")))
-        for stage in (clap, vae, vocoder, ldm):
+        for stage in (encoded, ldm, vocoder):
             stage.result()
         shutil.copy(stages.weights("vocoder"), run / "ldm" / "weights")  # the last part of the system
         samples = [pool.submit(stages.sample, sample_seed) for sample_seed in SAMPLE_SEEDS]
@@ -117,7 +116,8 @@ class Stages:
             f"data.train.size={ENCODED}",
             "data.train.kinds=[sound,beat,beat]",  # the UNet finds time harder than colour
             f"vae.path={self.weights('vae')}",
-            f"clap.path={self.weights('clap')}",
+            "~clap",  # still in training; texts are embedded when the UNet learns
+            "~tokenizer",
             f"out={self.run / 'latents'}",
             self.common[1],
         ]
@@ -136,6 +136,7 @@ class Stages:
     def _call(self, name: str, arguments: list[str]) -> None:
         started = time.perf_counter()
         environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        environment["TQDM_POSITION"] = "1"  # below the bar of CLAP, where a stage chooses no line itself
         done = subprocess.run([sys.executable, *arguments], env=environment)
         if done.returncode:
             sys.exit(

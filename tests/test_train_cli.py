@@ -385,6 +385,7 @@ def test_an_unknown_option_of_a_command_is_named(refused, tmp_path):
     [
         (("objective=latent_diffusion",), "no value for clap.path, vae.path, vocoder.path: give clap.path="),
         (("objective=vae", "data=folder"), "no value for data.path"),
+        (("objective=vae", "vae=null"), "vae=null: a config group is left out by ~vae"),
         ((*VAE_RUN[:-1], "trainer.precision=fp16"), "trainer.precision=fp16: expected fp32 or bf16"),
         ((*VAE_RUN, "batch_size=0"), "batch_size=0: expected at least 1"),
         ((*VAE_RUN, "batch_size=two"), "batch_size=two: expected a whole number"),
@@ -496,6 +497,28 @@ def test_latents_of_another_front_end_are_refused_with_both_hashes(runs, command
     assert "made by another audio than this run's" in line and f"(hash {theirs}, here {ours})" in line
     line = refused("ldm_audio.cli", *encoding)
     assert f"made with another audio ({theirs}, now {ours})" in line
+
+
+def test_latents_encoded_without_clap_train_with_texts_alone(runs, command, refused, tmp_path):
+    parts = part_paths(runs)
+    encoding = ("encode", *SHORT_CLIPS, "batch_size=2", parts[0], f"out={tmp_path}/latents")
+    assert command("ldm_audio.cli", *encoding, "~clap", "~tokenizer") == 0
+    run = (*STAGES["unet"], *BRIEF, *parts, "data=latents", f"data.path={tmp_path}/latents")
+    line = refused("train.py", *run, "conditioning=mixed", f"runs={tmp_path}/mixed")
+    assert "encoded without CLAP" in line and "conditioning=text" in line
+    losses = []
+    for latents in (tmp_path / "latents", runs / "latents"):
+        settings = (
+            *run,
+            "conditioning=text",
+            f"data.path={latents}",
+            f"runs={tmp_path}",
+            f"run={latents.parent.name}",
+        )
+        assert command("train.py", *settings) == 0
+        rows = (tmp_path / latents.parent.name / "metrics.jsonl").read_text().splitlines()
+        losses.append([row["train/diffusion"] for row in map(json.loads, rows) if "train/diffusion" in row])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6) and len(losses[0]) == 2
 
 
 def test_latents_of_other_networks_are_refused(runs, refused, tmp_path):

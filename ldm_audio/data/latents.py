@@ -1,8 +1,9 @@
 """Clips encoded once: VAE latents, CLAP embeddings and captions in safetensors shards.
 
-A shard holds one stacked tensor a kind (`z_mean`, `z_std` (i, c, t, f), `audio_embed` (i, d), `text_embed`
-(captions, d)); its header holds the clips' captions and windows, and hashes of what made it. `ldm-audio
-encode` writes them. Rows are read as they are asked for, so that memory does not bound the data.
+A shard holds one stacked tensor a kind: `z_mean`, `z_std` (i, c, t, f) and, where CLAP was there,
+`audio_embed` (i, d), `text_embed` (captions, d). Its header holds the clips' captions and windows, and hashes
+of what made it. `ldm-audio encode` writes them. Rows are read as they are asked for, so that memory does not
+bound the data.
 
 Latents of windows that begin at downbeats can be mixed (BLM): each window was encoded by itself, because a
 cut of a latent is not the latent of the cut.
@@ -21,7 +22,8 @@ from ldm_audio.data.loader import ItemKey
 from ldm_audio.data.mixing import MIXING
 from ldm_audio.errors import InputError
 
-TENSORS = ("z_mean", "z_std", "audio_embed")
+LATENTS = {"z_mean", "z_std"}
+EMBEDS = {"audio_embed", "text_embed"}  # both or, of an encoding without CLAP, none
 INDEX = "index.json"
 HEADER = "encoding"
 NO_DATA = "data"  # the hash that says which clips were encoded, not how
@@ -59,6 +61,7 @@ class Latents:
             counts = [len(clip["captions"]) for clip in clips]
             self.first_caption += np.cumsum([0, *counts[:-1]]).tolist()
         self.files: dict[int, safe_open] = {}
+        self.has_embeds = header["tensors"] >= EMBEDS
         if self.mixup is not None:
             self.group(self.mixup)
 
@@ -93,12 +96,14 @@ class Latents:
         partner = self.read(pair[1], epoch)
         ratio = float(rng.beta(self.mixup.alpha, self.mixup.alpha))
         caption = mix_caption(self.mixup, anchor["caption"], partner["caption"], ratio)
-        text_embed = partner["text_embed"] if caption == partner["caption"] else anchor["text_embed"]
-        return anchor | {
+        mixed = anchor | {
             "partner_z_mean": partner["z_mean"], "partner_z_std": partner["z_std"],
-            "partner_caption": partner["caption"], "caption": caption, "text_embed": text_embed,
+            "partner_caption": partner["caption"], "caption": caption,
             "mix_ratio": torch.tensor(ratio, dtype=torch.float32),
         }  # fmt: skip
+        if self.has_embeds and caption == partner["caption"]:
+            mixed["text_embed"] = partner["text_embed"]
+        return mixed
 
     def read(self, index: int, epoch: int) -> dict:
         """An unmixed item."""
@@ -108,9 +113,11 @@ class Latents:
         if shard not in self.files:
             self.files[shard] = safe_open(self.paths[shard], framework="pt")
         file = self.files[shard]
-        tensors = {name: file.get_slice(name)[row] for name in TENSORS}
-        tensors["text_embed"] = file.get_slice("text_embed")[self.first_caption[index] + choice]
-        return tensors | {"caption": captions[choice]}
+        item = {name: file.get_slice(name)[row] for name in LATENTS}
+        if self.has_embeds:
+            item["audio_embed"] = file.get_slice("audio_embed")[row]
+            item["text_embed"] = file.get_slice("text_embed")[self.first_caption[index] + choice]
+        return item | {"caption": captions[choice]}
 
     def group(self, mixup: Mixup) -> None:
         """Who may be mixed with whom: tracks with windows at downbeats, by tempo."""
@@ -167,15 +174,15 @@ def read_index(folder: Path) -> dict:
 
 
 def read_header(path: Path) -> dict:
-    """The header of a shard; InputError if it is damaged or something else."""
+    """The header of a shard, with the names of its `tensors`; InputError if it is damaged or another's."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
-            lacking = {*TENSORS, "text_embed"} - set(file.keys())
+            held = set(file.keys())
     except (SafetensorError, FileNotFoundError) as error:
         raise InputError(f"{path}: not a readable shard of latents ({error})") from error
-    if lacking:
+    if lacking := (LATENTS | EMBEDS if held & EMBEDS else LATENTS) - held:
         raise InputError(f"{path}: not a readable shard of latents (no {min(lacking)})")
     if not {"clips", "made_by"} <= header.keys():
         raise InputError(f"{path}: its header has no clips and made_by; `ldm-audio encode` did not write it")
-    return header
+    return header | {"tensors": held}

@@ -35,6 +35,8 @@ class Encoder:
     A batch holds `waveform` (b, s) and `caption`, or `captions`, several a clip; of pairs to be mixed as
     latents also `partner` (b, s) and `mix_ratio` (b,), for which a vocoder is needed. Where it holds
     `window`, one dict a clip, these are kept with the clips.
+
+    clap: None makes latents alone, for training with texts that embeds them itself.
     """
 
     def __init__(
@@ -42,13 +44,13 @@ class Encoder:
         *,
         mel: LogMel,
         vae: nn.Module,
-        clap: nn.Module,
+        clap: nn.Module | None,
         vocoder: nn.Module | None,
-        tokenizer: Callable,
+        tokenizer: Callable | None,
         mixup: Mixup,
         device: str,
     ):
-        if mixup.prob > 0 and mixup.space == "latent" and vocoder is None:
+        if mixup.prob > 0 and mixup.space == "latent" and clap is not None and vocoder is None:
             raise InputError(
                 "mixup.space=latent: CLAP hears mixed latents through a vocoder, and vocoder is null"
             )
@@ -58,13 +60,14 @@ class Encoder:
             )
         self.mel = mel
         self.device = torch.device(device)
-        self.vae, self.clap = vae.to(self.device), clap.to(self.device)
+        self.vae = vae.to(self.device)
+        self.clap = None if clap is None else clap.to(self.device)
         self.vocoder = None if vocoder is None else vocoder.to(self.device)
         self.tokenizer = tokenizer
         self.mixup = mixup
 
     def __call__(self, batch: dict) -> tuple[dict[str, Tensor], list[dict]]:
-        """`z_mean`, `z_std` (b, c, t, f) and `audio_embed` (b, d) on the CPU, and a dict for every clip."""
+        """`z_mean`, `z_std` (b, c, t, f) on the CPU, with CLAP `audio_embed` (b, d), and a dict a clip."""
         waveform = batch["waveform"].to(self.device)
         posterior = self.vae.encode(self.mel(waveform))
         mean, std = posterior.mean.float(), posterior.std.float()
@@ -74,11 +77,14 @@ class Encoder:
             both = (mean[rows], std[rows]), (partner.mean.float(), partner.std.float())
             mixed = mix_posteriors(*both, ratio, self.mixup)
             mean, std = mean.index_copy(0, rows, mixed[0]), std.index_copy(0, rows, mixed[1])
-            heard, _ = decode_latents(self.vae, self.vocoder, mixed[0], 1.0, waveform.shape[-1])
-            heard = silence_tail(heard) if self.mixup.condition_tail == "silent" else heard
-            waveform = waveform.index_copy(0, rows, heard)
-        heard = resample_sinc(waveform, self.mel.sample_rate, self.clap.front_end.sample_rate)
-        tensors = {"z_mean": mean, "z_std": std, "audio_embed": self.clap.embed_audio(heard).float()}
+            if self.clap is not None:
+                heard, _ = decode_latents(self.vae, self.vocoder, mixed[0], 1.0, waveform.shape[-1])
+                heard = silence_tail(heard) if self.mixup.condition_tail == "silent" else heard
+                waveform = waveform.index_copy(0, rows, heard)
+        tensors = {"z_mean": mean, "z_std": std}
+        if self.clap is not None:
+            heard = resample_sinc(waveform, self.mel.sample_rate, self.clap.front_end.sample_rate)
+            tensors["audio_embed"] = self.clap.embed_audio(heard).float()
         captions = batch["captions"] if "captions" in batch else [[caption] for caption in batch["caption"]]
         windows = batch.get("window", [{}] * len(waveform))
         clips = [{"captions": list(texts), **window} for texts, window in zip(captions, windows)]
@@ -160,7 +166,8 @@ def write_shard(
         clips += described
         progress(len(described))
     tensors = {name: torch.cat(rows).contiguous() for name, rows in parts.items()}
-    tensors["text_embed"] = encoder.text_embeds([text for clip in clips for text in clip["captions"]])
+    if encoder.clap is not None:
+        tensors["text_embed"] = encoder.text_embeds([text for clip in clips for text in clip["captions"]])
     # one entry: safetensors writes several in an order that changes from run to run
     header = {HEADER: json.dumps({"format": FORMAT, "made_by": made_by, "clips": clips})}
     try:

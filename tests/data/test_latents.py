@@ -68,6 +68,17 @@ def test_items_come_back_in_order_over_shards(tmp_path, networks):
             assert item["caption"] == clip["caption"][0] == found[number]["caption"]
 
 
+def test_without_clap_there_are_the_same_latents_and_no_embeddings(tmp_path, networks):
+    encoded(tmp_path / "with", encoder(networks), 3)
+    encoded(tmp_path / "without", encoder(networks, clap=None, tokenizer=None), 3)
+    with_clap, without = data(tmp_path / "with"), data(tmp_path / "without")
+    for number in range(3):
+        full, bare = with_clap[number], without[number]
+        assert bare.keys() == full.keys() - {"audio_embed", "text_embed"}
+        assert all(torch.equal(bare[name], full[name]) for name in ("z_mean", "z_std"))
+        assert bare["caption"] == full["caption"]
+
+
 def test_a_killed_encoding_goes_on_with_nothing_lost_or_repeated(tmp_path, networks):
     made, asked = encoder(networks), []
 
@@ -248,6 +259,9 @@ def test_what_is_no_shard_is_refused_by_name(tmp_path, networks):
         with pytest.raises(InputError, match=r"shard_00000\.safetensors: not a readable shard"):
             data(tmp_path)
     save_file({"weight": torch.ones(1)}, shard)
+    with pytest.raises(InputError, match=r"shard_00000\.safetensors: not a readable shard .*no z_mean"):
+        data(tmp_path)
+    save_file({name: torch.ones(1) for name in ("z_mean", "z_std", "text_embed")}, shard)
     with pytest.raises(InputError, match=r"shard_00000\.safetensors: not a readable shard .*no audio_embed"):
         data(tmp_path)
     save_file({name: torch.ones(1) for name in ("z_mean", "z_std", "audio_embed", "text_embed")}, shard)
