@@ -184,28 +184,28 @@ def build(recipe: dict, *, source: str) -> nn.Module:
         raise InputError(f"{source}: its recipe names no network")
     try:
         with torch.device("meta"), WithoutInit():
-            network = made(recipe, source)
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
+            network = made(recipe)
+    except Exception as error:  # whatever a class says of arguments that may be anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{source}: its config makes no network ({reason})") from error
     network.recipe = recipe
     return network
 
 
-def made(node: object, source: str) -> object:
+def made(node: object) -> object:
     """A node of a recipe, built: what has a `_target_` becomes that class's instance, from the inside out.
 
     InputError for what is no class of `ALLOWED_TARGETS`: a file must not choose what code runs.
     """
     if isinstance(node, list):
-        return [made(child, source) for child in node]
+        return [made(child) for child in node]
     if not isinstance(node, dict):
         return node
-    target = own_class(str(node["_target_"]), source) if "_target_" in node else dict
-    return target(**{name: made(child, source) for name, child in node.items() if name != "_target_"})
+    target = own_class(str(node["_target_"])) if "_target_" in node else dict
+    return target(**{name: made(child) for name, child in node.items() if name != "_target_"})
 
 
-def own_class(target: str, source: str) -> type:
+def own_class(target: str) -> type:
     """The class of that name, defined in one of our modules (and not imported there, like `os`)."""
     module, _, name = target.rpartition(".")
     found = None
@@ -213,7 +213,7 @@ def own_class(target: str, source: str) -> type:
         with suppress(ImportError):
             found = getattr(import_module(module), name, None)
     if not isinstance(found, type) or found.__module__ != module:
-        raise InputError(f"{source}: its recipe names {target}, which is not one of this package's networks")
+        raise InputError(f"{target} is not one of this package's networks")
     return found
 
 

@@ -259,7 +259,7 @@ def test_a_target_outside_the_networks_in_a_header_is_refused(tmp_path):
             "licence": "",
         }  # fmt: skip
         save_file({"a": torch.zeros(1)}, tmp_path / "net.safetensors", metadata=header)
-        with pytest.raises(InputError, match=f"its recipe names {target}"):
+        with pytest.raises(InputError, match=rf"{target} is not one of this package's networks"):
             ldm_audio.load(tmp_path / "net.safetensors")
 
 

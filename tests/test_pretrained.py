@@ -136,7 +136,7 @@ def test_a_recipe_builds_nothing_but_our_own_networks(target, nested, tmp_path):
     (recipe["audio_tower"] if nested else recipe)["_target_"] = target
     path = rewritten(saved(tmp_path, "clap"), header={"recipe": json.dumps(recipe)})
     with pytest.raises(
-        InputError, match=rf"clap\.safetensors: its recipe names {target}, which is not one of"
+        InputError, match=rf"clap\.safetensors: its config makes no network \({target} is not one of this"
     ):
         load_network(path)
 
