@@ -72,7 +72,6 @@ def vocode(vocoder: nn.Module, mel: Tensor, piece_frames: int = VOCODER_FRAMES) 
     pieces = []
     for start in range(0, frames, piece_frames):
         before = min(margin, start)
-        give_back_memory()
         waveform = vocoder(mel[:, :, start - before : start + piece_frames + margin])
         is_last = start + piece_frames >= frames
         pieces.append(waveform[:, 0, before * hop : None if is_last else (before + piece_frames) * hop])
