@@ -35,7 +35,7 @@ import resource, torch
 from ldm_audio.pipelines.memory import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(60):
+    for _ in range(30):
         torch.empty(48 * 2**20, dtype=torch.uint8).fill_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 plain = faults()
