@@ -312,13 +312,14 @@ def check_latents(objective: Objective, data_sets: Sequence, cfg: DictConfig) ->
         )
     ours = latents_made_by(cfg, {"vae": objective.vae, "clap": objective.clap})
     for encoders in cached:
-        if "clap" not in encoders and objective.text_probability < 1:
+        has_embeds = "clap" in encoders
+        if not has_embeds and objective.text_probability < 1:
             raise InputError(
                 "data.path: encoded without CLAP (~clap), its latents have no audio embeddings; "
                 "conditioning=text needs none, or encode with clap.path"
             )
         for name, digest in ours.items():
-            if encoders.get(name, digest if name == "clap" else None) != digest:
+            if encoders.get(name) != digest and (has_embeds or name != "clap"):
                 raise InputError(
                     f"the latents at data.path were made by another {name} than this run's "
                     f"(hash {encoders.get(name)}, here {digest}): encode again"

@@ -256,11 +256,13 @@ class PackedNarrowConv(PackedLinear):
     """
 
     def __init__(self, conv: nn.Conv2d, bins: int):
+        if bins > 2:
+            raise ValueError(f"bins={bins}: expected 1 or 2")
         weight = conv.weight.detach()
         out, c = weight.shape[:2]
         kernel = weight.new_empty(bins, out, 3, bins, c)
         for to in range(bins):
-            for source in range(bins):  # of one or two bins each meets each
+            for source in range(bins):  # of two bins each meets both
                 kernel[to, :, :, source] = weight[..., source - to + 1].mT
         super().__init__(
             rearrange(kernel, "to out lines source c -> (to out) (lines source c)"),

@@ -184,7 +184,7 @@ def build(recipe: dict, *, source: str) -> nn.Module:
         raise InputError(f"{source}: its recipe names no network")
     try:
         with torch.device("meta"), WithoutInit():
-            network = made(recipe)
+            network = instantiate(recipe)
     except Exception as error:  # whatever a class says of arguments that may be anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{source}: its config makes no network ({reason})") from error
@@ -192,17 +192,17 @@ def build(recipe: dict, *, source: str) -> nn.Module:
     return network
 
 
-def made(node: object) -> object:
+def instantiate(node: object) -> object:
     """A node of a recipe, built: what has a `_target_` becomes that class's instance, from the inside out.
 
     InputError for what is no class of `ALLOWED_TARGETS`: a file must not choose what code runs.
     """
     if isinstance(node, list):
-        return [made(child) for child in node]
+        return [instantiate(child) for child in node]
     if not isinstance(node, dict):
         return node
     target = own_class(str(node["_target_"])) if "_target_" in node else dict
-    return target(**{name: made(child) for name, child in node.items() if name != "_target_"})
+    return target(**{name: instantiate(child) for name, child in node.items() if name != "_target_"})
 
 
 def own_class(target: str) -> type:
@@ -317,9 +317,9 @@ def load_system(
             return speech_pipeline(parts, source.system, place, path).to(device)
         system, words = source.system, find_tokenizer(source, path, tokenizer)
         parts = {name: build_part(part) for name, part in source.parts.items()}
-        warn_if_collapsed(parts["clap"], words, path)  # ours were looked at when they were converted
     if vocoder is not None:
         parts["vocoder"] = load_network(vocoder, part="vocoder")
+    warn_if_collapsed(parts["clap"], words, path)
     with located(path):
         pipeline = TextToAudio(
             **parts,

@@ -142,10 +142,16 @@ def test_a_recipe_builds_nothing_but_our_own_networks(target, nested, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value", ["${oc.env:HOME}", "${oc.create:{_target_:os.getcwd}}", "${oc.decode:'{_target_: os.getcwd}'}"]
+    "value",
+    [
+        "${oc.decode:'1'}",  # evaluated it would make this very network
+        "${oc.env:HOME}",
+        "${oc.create:{_target_:os.getcwd}}",
+        "${oc.decode:'{_target_: os.getcwd}'}",
+    ],
 )
 def test_a_recipe_is_not_evaluated(value, tmp_path):
-    recipe = toys.VAE_RECIPE | {"channel_mults": [1, value]}
+    recipe = toys.VAE_RECIPE | {"channel_mults": [value, 2]}
     path = rewritten(saved(tmp_path), header={"recipe": json.dumps(recipe)})
     with pytest.raises(InputError, match=r"vae\.safetensors: its config makes no network \(.*str"):
         load_network(path)

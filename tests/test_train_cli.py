@@ -508,14 +508,8 @@ def test_latents_encoded_without_clap_train_with_texts_alone(runs, command, refu
     assert "encoded without CLAP" in line and "conditioning=text" in line
     losses = []
     for latents in (tmp_path / "latents", runs / "latents"):
-        settings = (
-            *run,
-            "conditioning=text",
-            f"data.path={latents}",
-            f"runs={tmp_path}",
-            f"run={latents.parent.name}",
-        )
-        assert command("train.py", *settings) == 0
+        where = (f"data.path={latents}", f"runs={tmp_path}", f"run={latents.parent.name}")
+        assert command("train.py", *run, "conditioning=text", *where) == 0
         rows = (tmp_path / latents.parent.name / "metrics.jsonl").read_text().splitlines()
         losses.append([row["train/diffusion"] for row in map(json.loads, rows) if "train/diffusion" in row])
     assert losses[0] == pytest.approx(losses[1], abs=1e-6) and len(losses[0]) == 2

@@ -49,8 +49,10 @@ class Latents:
         self.places: list[tuple[int, int]] = []
         self.clips: list[dict] = []
         self.first_caption: list[int] = []  # the row of `text_embed` with a clip's first caption
+        self.has_embeds = True
         for number, shard in enumerate(self.paths):
             header = read_header(shard)
+            self.has_embeds &= header["tensors"] >= EMBEDS
             if header["made_by"] != self.made_by:
                 raise InputError(
                     f"{path}: its shards were made by different encoders; encode into an empty folder"
@@ -61,7 +63,6 @@ class Latents:
             counts = [len(clip["captions"]) for clip in clips]
             self.first_caption += np.cumsum([0, *counts[:-1]]).tolist()
         self.files: dict[int, safe_open] = {}
-        self.has_embeds = header["tensors"] >= EMBEDS
         if self.mixup is not None:
             self.group(self.mixup)
 

@@ -50,6 +50,8 @@ class Encoder:
         mixup: Mixup,
         device: str,
     ):
+        if (clap is None) != (tokenizer is None):
+            raise InputError("clap and tokenizer: give both, or leave both out (~clap ~tokenizer)")
         if mixup.prob > 0 and mixup.space == "latent" and clap is not None and vocoder is None:
             raise InputError(
                 "mixup.space=latent: CLAP hears mixed latents through a vocoder, and vocoder is null"

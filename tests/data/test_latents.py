@@ -77,6 +77,8 @@ def test_without_clap_there_are_the_same_latents_and_no_embeddings(tmp_path, net
         assert bare.keys() == full.keys() - {"audio_embed", "text_embed"}
         assert all(torch.equal(bare[name], full[name]) for name in ("z_mean", "z_std"))
         assert bare["caption"] == full["caption"]
+    with pytest.raises(InputError, match="clap and tokenizer: give both, or leave both out"):
+        encoder(networks, tokenizer=None)
 
 
 def test_a_killed_encoding_goes_on_with_nothing_lost_or_repeated(tmp_path, networks):
