@@ -23,6 +23,7 @@ from ldm_audio.pipelines.requests import (
     Request,
     between,
     conditions,
+    packing_pays,
     read_embeds,
     read_requests,
     rows_within,
@@ -68,7 +69,7 @@ def sample(cfg: DictConfig) -> None:
     system.forget_text().set_precision(cfg.precision)
     if cfg.compile:
         system.compile()
-    else:
+    elif packing_pays(requests):
         system.pack()
 
     settings = {name: plain(cfg)[name] for name in SETTINGS}

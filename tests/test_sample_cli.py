@@ -10,6 +10,7 @@ import toys
 from ldm_audio.audio.io import read_audio, write_wav
 from ldm_audio.pipelines import requests, samples
 from ldm_audio.pipelines.encode import state_hash
+from ldm_audio.pipelines.text_to_audio import TextToAudio
 from ldm_audio.pretrained import save_network, write_system
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*CLAP's text tower")
@@ -84,6 +85,17 @@ def test_under_a_memory_limit_as_many_rows_at_a_time_as_fit(sampled, monkeypatch
     rows = sampled("prompt=[rain,a hum,a bell]", "num_steps=2", "memory_limit=3.2")
     assert [row["index"] for row in rows] == [0, 1, 2]
     assert "memory_limit=3.2: 2 at a time" in capsys.readouterr().err
+
+
+def test_weights_are_packed_where_it_pays_for_the_same_sound(sampled, tmp_path, monkeypatch):
+    pack, packed, waveforms = TextToAudio.pack, [], []
+    monkeypatch.setattr(TextToAudio, "pack", lambda self: packed.append(True) or pack(self))
+    for pays in (1.0, 0.5):  # seconds of sound times steps; asked for are 0.2 times 4
+        monkeypatch.setattr(requests, "PACKING_PAYS", pays)
+        (row,) = sampled("prompt=rain", "num_steps=4", "overwrite=true")
+        assert bool(packed) == (pays < 0.8)
+        waveforms.append(read_audio(tmp_path / "out" / row["file"])[0])
+    assert np.abs(waveforms[1] - waveforms[0]).max() < 1e-4  # 16 bits
 
 
 def test_hashes_are_those_of_the_networks_whether_of_ours_or_of_another_vocoder(sampled, system):
