@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ldm_audio.data.measure import measure
+from ldm_audio.data.synthetic import fits
 from ldm_audio.diffusion.guidance import classifier_free
 from ldm_audio.diffusion.samplers import ddim, ddpm, dpm_solver, pndm, timestep_grid, unipc
 from ldm_audio.evaluation.attributes import accuracy
@@ -83,7 +84,7 @@ def main() -> None:
     def heard(z0: Tensor) -> float:
         waveform, _ = decode_latents(system.vae, system.vocoder, z0, system.latent_scale, num_samples)
         found = [measure(row.numpy(), system.mel.sample_rate) for row in waveform]
-        return accuracy(expected, found)["overall"]
+        return accuracy(expected, found, fits)["overall"]
 
     rows = [{"sampler": "reference", "steps": arguments.reference, "accuracy": round(heard(reference), 3)}]
     print(json.dumps(rows[0]), flush=True)

@@ -7,22 +7,23 @@ phase make no difference, nor whether a tone is a sine or a buzz of a few harmon
 - kind: a beat has bursts in the low register and bursts above it; a sound keeps to one register.
 - register: where the power is.
 - texture: in how many mel bands the power is at a time; few for a tone, many for noise.
-- envelope: pulses are gaps that come near an allowed rate, a fade is a drop from the first quarter to the
+- envelope: pulses are gaps that come near one of the rates, a fade is a drop from the first quarter to the
   last.
 - motion: by how many mel bands the centre of the power moves.
-- tempo: the allowed period at which the bursts repeat best.
+- tempo: the one nearest to the period at which the bursts repeat best.
 - metre: in three, one tick follows another; in two, each stands between downbeats.
 - drum: the register of the ticks.
 
 Axes: s samples, n frames, f mel bands, k STFT bins.
 """
 
+import math
 from functools import lru_cache
 
 import numpy as np
 
 from ldm_audio.audio.mel import hz_to_mel, mel_filterbank, mel_to_hz
-from ldm_audio.data.synthetic import ATTRIBUTES, MIN_SAMPLE_RATE, PULSE_RATES, Attributes
+from ldm_audio.data.synthetic import ATTRIBUTES, MIN_SAMPLE_RATE, PULSE_RATES, TEMPOS, Attributes, fits
 from ldm_audio.errors import InputError
 
 FRAME_RATE = 100  # frames a second
@@ -31,7 +32,7 @@ NUM_BANDS = 64
 TOP = 8000.0  # Hz
 REGISTER_TOPS = (600.0, 2480.0, TOP)  # Hz, of low, middle, high
 DRUM_REGISTERS = {"clap": 1, "hat": 2}
-TOLERANCE = 0.04  # of a pulse rate or a beat period
+TOLERANCE = 0.04  # of a pulse rate, and of a beat period beyond the slowest and the fastest
 NOTHING = "none"  # the kind of a silent or broken clip
 
 # Each lies between what clips of the two sides measure, rendered and through a log-mel and back.
@@ -58,7 +59,7 @@ def measure(waveform: np.ndarray, sample_rate: int) -> Attributes:
 
 
 def score(expected: Attributes, waveform: np.ndarray, sample_rate: int) -> dict[str, bool]:
-    """For every attribute of `expected`, its kind included, whether the (s,) waveform has it.
+    """For every attribute of `expected`, its kind included, whether the (s,) waveform has it, as `fits` says.
 
     A clip that sounds like the other kind is still judged by the attributes of the expected one, so that an
     attribute's accuracy is its own, with `chance` as its floor. Silence has none of them.
@@ -67,15 +68,18 @@ def score(expected: Attributes, waveform: np.ndarray, sample_rate: int) -> dict[
     if power is None:
         return dict.fromkeys(expected, False)
     heard = {"kind": _kind(power), **_measure_as(expected["kind"], power)}
-    return {name: heard[name] == value for name, value in expected.items()}
+    return {name: fits(value, heard[name]) for name, value in expected.items()}
 
 
 def chance() -> dict[str, float]:
-    """The accuracy of guessing each attribute: one over the number of its values."""
+    """The accuracy of guessing each attribute evenly among its values."""
     tables = {"kind": tuple(ATTRIBUTES)}
     for table in ATTRIBUTES.values():
         tables |= table
-    return {name: 1 / len(values) for name, values in tables.items()}
+    return {
+        name: sum(fits(wanted, heard) for wanted in values for heard in values) / len(values) ** 2
+        for name, values in tables.items()
+    }
 
 
 # --- mel bands ---------------------------------------------------------------------------------------------
@@ -222,22 +226,25 @@ def _measure_beat(power: np.ndarray) -> Attributes:
     kicks, ticks = (bursts[:, i] / max(bursts[:, i].max(), 1e-30) for i in (0, DRUM_REGISTERS[drum]))
 
     beats = kicks + ticks - (kicks + ticks).mean()
-    periods = {name: 60.0 / float(name) for name in ATTRIBUTES["beat"]["tempo"]}  # seconds
-    tempo, lag = max(
-        ((name, lag) for name, period in periods.items() for lag in _lags(period)),
-        key=lambda pair: _overlap(beats, beats, pair[1]),
-    )
+    period = _period(beats)
+    lag = round(period)
+    tempo = min(TEMPOS, key=lambda name: abs(math.log(float(name) * period / (60 * FRAME_RATE))))
     in_a_row = _overlap(ticks, ticks, lag)
     mixed = _overlap(ticks, kicks, lag) + _overlap(kicks, ticks, lag)
     three = in_a_row > TICKS_IN_A_ROW * (in_a_row + mixed)
     return {"tempo": tempo, "metre": "three" if three else "two", "drum": drum}
 
 
-def _lags(period: float) -> range:
-    """Whole frames within `TOLERANCE` of a period in seconds."""
-    return range(
-        round((1 - TOLERANCE) * period * FRAME_RATE), round((1 + TOLERANCE) * period * FRAME_RATE) + 1
-    )
+def _period(beats: np.ndarray) -> float:
+    """Frames after which (n,) bursts repeat best, between those of the fastest and of the slowest tempo; a
+    parabola through the best and its neighbours finds it between two frames."""
+    fastest, slowest = (60 * FRAME_RATE / float(tempo) for tempo in (TEMPOS[-1], TEMPOS[0]))
+    first, last = math.floor((1 - TOLERANCE) * fastest), math.ceil((1 + TOLERANCE) * slowest)
+    overlaps = [_overlap(beats, beats, lag) for lag in range(first, last + 1)]
+    best = int(np.argmax(overlaps[1:-1])) + 1
+    before, at, after = overlaps[best - 1 : best + 2]
+    curvature = 2 * at - before - after
+    return first + best + (0.5 * (after - before) / curvature if at > max(before, after) else 0.0)
 
 
 def _overlap(earlier: np.ndarray, later: np.ndarray, lag: int) -> float:

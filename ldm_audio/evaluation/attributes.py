@@ -1,25 +1,34 @@
 """How much of what a prompt asks for is in the sound: accuracy by attribute, without a learned judge.
 
 A clip's attributes are a flat dict such as {"kind": "sound", "register": "low", ...}; what a prompt expects
-and what was measured are compared key by key, and a key that was not measured counts as wrong.
+and what was measured are compared key by key, and a key that was not measured counts as wrong. `fits(wanted,
+heard)` says what counts as right, for numbers may be right nearby; heard is None where nothing was measured.
 """
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 
 Attributes = Mapping[str, str]
+Fits = Callable[[str, str | None], bool]
 
 
-def accuracy(expected: Sequence[Attributes], measured: Sequence[Attributes]) -> dict[str, float]:
+def accuracy(
+    expected: Sequence[Attributes], measured: Sequence[Attributes], fits: Fits = operator.eq
+) -> dict[str, float]:
     """Share of right values by attribute, and of all of them under "overall"."""
     pairs = list(zip(expected, measured, strict=True))
-    return shares([(name, found.get(name) == value) for want, found in pairs for name, value in want.items()])
+    return shares(
+        [(name, fits(value, found.get(name))) for want, found in pairs for name, value in want.items()]
+    )
 
 
-def shuffled_accuracy(expected: Sequence[Attributes], measured: Sequence[Attributes]) -> dict[str, float]:
+def shuffled_accuracy(
+    expected: Sequence[Attributes], measured: Sequence[Attributes], fits: Fits = operator.eq
+) -> dict[str, float]:
     """`accuracy` if each clip is held against every other clip's prompt: what a deaf model would reach."""
     return shares(
         [
-            (name, found.get(name) == value)
+            (name, fits(value, found.get(name)))
             for i, want in enumerate(expected)
             for j, found in enumerate(measured)
             if i != j
@@ -28,16 +37,19 @@ def shuffled_accuracy(expected: Sequence[Attributes], measured: Sequence[Attribu
     )
 
 
-def chance(expected: Sequence[Attributes], num_values: Mapping[str, int]) -> dict[str, float]:
-    """What guessing evenly among the values of each attribute reaches, weighted as the prompts are."""
-    names = [name for want in expected for name in want]
-    by_name = {name: 1 / num_values[name] for name in dict.fromkeys(names)}
-    return by_name | {"overall": sum(by_name[name] for name in names) / len(names)}
+def chance(
+    expected: Sequence[Attributes], values: Mapping[str, Sequence[str]], fits: Fits = operator.eq
+) -> dict[str, float]:
+    """What guessing evenly among the `values` of each attribute reaches, weighted as the prompts are."""
+    wanted = [(name, value) for want in expected for name, value in want.items()]
+    return shares(
+        [(name, sum(fits(value, v) for v in values[name]) / len(values[name])) for name, value in wanted]
+    )
 
 
-def shares(outcomes: Sequence[tuple[str, bool]]) -> dict[str, float]:
-    """Share of True by name, in order of appearance, and over everything under "overall"."""
-    by_name: dict[str, list[bool]] = {}
+def shares(outcomes: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Mean (share of True) by name, in order of appearance, and over everything under "overall"."""
+    by_name: dict[str, list[float]] = {}
     for name, right in outcomes:
         by_name.setdefault(name, []).append(right)
     everything = [right for rights in by_name.values() for right in rights]

@@ -145,9 +145,9 @@ def test_partners_have_the_anchors_tempo_or_any_as_asked():
 
 def test_the_same_mixes_come_from_any_number_of_workers_and_ranks():
     def batches(rank: int, world: int, size: int, workers: int) -> list[dict]:
-        data = tracks(toys.mixup(prob=0.7), kinds=["beat"], size=6)
+        data = tracks(toys.mixup(prob=0.7), kinds=["beat"], size=40)
         steps = StepBatches(
-            6, batch_size=size, seed=0, start_step=0, num_steps=4, rank=rank, world_size=world
+            40, batch_size=size, seed=0, start_step=0, num_steps=4, rank=rank, world_size=world
         )
         return list(islice(make_loader(data, steps, num_workers=workers), 4))
 
