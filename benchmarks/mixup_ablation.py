@@ -29,7 +29,6 @@ from ldm_audio.files import write_json, write_text
 from ldm_audio.pretrained import load
 
 ARMS = ("none", "plain", "bam", "blm")
-CANDIDATES = 4  # sounds of each prompt
 
 
 def call(*arguments: str) -> None:
@@ -77,8 +76,7 @@ def main() -> None:
         sampling = ["duration=2.56", "num_steps=12", "guidance_scale=2", "batch_size=24", "overwrite=true"]
         call(
             str(root / "sample.py"), f"weights={folder / 'weights'}", f"prompts={args.out / 'prompts.txt'}",
-            f"vocoder.path={paths['vocoder']}", f"num_waveforms_per_prompt={CANDIDATES}",
-            f"out={folder / 'samples'}", f"seed={seed}", *sampling,
+            f"vocoder.path={paths['vocoder']}", f"out={folder / 'samples'}", f"seed={seed}", *sampling,
         )  # fmt: skip
         write_json(
             folder / "evaluation.json",

@@ -33,10 +33,7 @@ NUM_PROMPTS = 48
 SAMPLE_SEEDS = (0, 1, 2)
 DURATION = 2.56  # seconds
 ENCODED = 4096  # clips that the UNet is trained on
-SAMPLING = (
-    "sampler=ddim", "spacing=leading", "num_steps=25", "guidance_scale=2.5", "batch_size=24",
-    "overwrite=true",
-)  # fmt: skip
+SAMPLING = ("num_steps=12", "guidance_scale=2.5", "batch_size=24", "overwrite=true")
 COLUMNS = ("chance", "shuffled", "right", "ceiling", "trained", "unseen")
 
 

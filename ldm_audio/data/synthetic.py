@@ -8,7 +8,7 @@ decay, level) is drawn.
 
 Tempo and pulse rate are numbers on a fine scale, so that there are many more combinations than a model can
 learn one by one: with three tempos and two rates, CLAP and UNet took an unseen combination for a trained one
-that differs in the attribute learnt last. What is heard may be off by as much as `fits` allows.
+that differs in the attribute learnt last. A number counts as heard within two steps, see `fits`.
 
 The world keeps clear of what a small vocoder with a hop of 10 ms blurs. It answers a constant mel with the
 harmonics of 100 Hz, and a log-mel distance lets it keep silent about what is narrower than a few mel bands:
@@ -54,7 +54,8 @@ ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
         "drum": ("clap", "hat"),  # what sounds on the other beats
     },
 }
-TOLERANCES = {**dict.fromkeys(TEMPOS, 0.085), **dict.fromkeys(PULSE_RATES, 0.2)}  # relative, see `fits`
+SCALES = (TEMPOS, tuple(PULSE_RATES))  # of numbers, evenly in ratio: steps of 4 % and of 12 %
+STEPS_OFF = 2  # on its scale a number that is heard may be
 BEATS_PER_BAR = {"two": 2, "three": 3}
 SPLITS: tuple[Split, ...] = ("train", "val", "held_out", "all")
 HELD_OUT_FRACTION = 0.25
@@ -121,15 +122,12 @@ def _split_combinations() -> tuple[list[Attributes], list[Attributes]]:
 
 
 def fits(wanted: str, heard: str | None) -> bool:
-    """Whether a measured value counts as the one asked for: a tempo within 8.5 %, a pulse rate within a
-    fifth, any other only if it is the same. None, what was not measured, never."""
-    if wanted not in TOLERANCES or heard not in TOLERANCES:
-        return wanted == heard
-    return abs(_number(heard) / _number(wanted) - 1) <= TOLERANCES[wanted]
-
-
-def _number(value: str) -> float:
-    return PULSE_RATES[value] if value in PULSE_RATES else float(value)
+    """Whether a measured value counts as the one asked for: of numbers one within `STEPS_OFF` steps (a tempo
+    within 8 %, a pulse rate within about a quarter), else the same. None, what was not measured, never."""
+    for scale in SCALES:
+        if wanted in scale and heard in scale:
+            return abs(scale.index(wanted) - scale.index(heard)) <= STEPS_OFF
+    return wanted == heard
 
 
 def split_combinations(split: Split) -> list[Attributes]:
