@@ -23,7 +23,7 @@ from ldm_audio.audio.io import read_audio
 from ldm_audio.audio.mel import LogMel
 from ldm_audio.config import checkout
 from ldm_audio.data.measure import measure
-from ldm_audio.data.synthetic import ATTRIBUTES, Attributes, caption, fits, render, split_combinations
+from ldm_audio.data.synthetic import VALUES, Attributes, caption, fits, render, split_combinations
 from ldm_audio.evaluation.attributes import accuracy, chance, shuffled_accuracy
 from ldm_audio.files import write_json, write_text
 from ldm_audio.pipelines.gallery import mel_sheet, write_page
@@ -173,9 +173,8 @@ def evaluate(run: Path, prompts: list[Prompt]) -> dict:
     found = [measure(waveform.numpy(), rate) for waveform in waveforms]
     ceiling = [measure(waveform, rate) for waveform in round_trip(system, expected)]
 
-    values = {"kind": tuple(ATTRIBUTES)} | {n: v for table in ATTRIBUTES.values() for n, v in table.items()}
     columns = {
-        "chance": chance(expected, values, fits),
+        "chance": chance(expected, VALUES, fits),
         "shuffled": shuffled_accuracy(expected, found, fits),
         "right": accuracy(expected, found, fits),
         "ceiling": accuracy(expected, ceiling, fits),
@@ -217,8 +216,8 @@ def write_results(run: Path, prompts: list[Prompt], columns: dict, found: list[A
         clips = found[row :: len(prompts)]
         cells = []
         for name in names:
-            want = prompt.attributes.get(name)
-            right = sum(fits(want, clip.get(name)) for clip in clips) if want else 0
+            want = prompt.attributes.get(name, "")
+            right = sum(fits(want, clip.get(name)) for clip in clips)
             cells.append(f"{want} {right}/{len(clips)}" if want else "")
         lines.append(f"| {prompt.caption} | {'yes' if prompt.trained else 'no'} | {' | '.join(cells)} |")
     write_text(run / "table.md", "\n".join(lines) + "\n")

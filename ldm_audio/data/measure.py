@@ -71,17 +71,6 @@ def score(expected: Attributes, waveform: np.ndarray, sample_rate: int) -> dict[
     return {name: fits(value, heard[name]) for name, value in expected.items()}
 
 
-def chance() -> dict[str, float]:
-    """The accuracy of guessing each attribute evenly among its values."""
-    tables = {"kind": tuple(ATTRIBUTES)}
-    for table in ATTRIBUTES.values():
-        tables |= table
-    return {
-        name: sum(fits(wanted, heard) for wanted in values for heard in values) / len(values) ** 2
-        for name, values in tables.items()
-    }
-
-
 # --- mel bands ---------------------------------------------------------------------------------------------
 
 

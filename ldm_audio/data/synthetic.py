@@ -54,7 +54,8 @@ ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
         "drum": ("clap", "hat"),  # what sounds on the other beats
     },
 }
-SCALES = (TEMPOS, tuple(PULSE_RATES))  # of numbers, evenly in ratio: steps of 4 % and of 12 %
+VALUES = {"kind": tuple(ATTRIBUTES)} | {n: v for table in ATTRIBUTES.values() for n, v in table.items()}
+SCALES = (TEMPOS, tuple(PULSE_RATES))  # of numbers, in steps of about 4 % and about 12 %
 STEPS_OFF = 2  # on its scale a number that is heard may be
 BEATS_PER_BAR = {"two": 2, "three": 3}
 SPLITS: tuple[Split, ...] = ("train", "val", "held_out", "all")

@@ -151,7 +151,7 @@ class ResBlock(nn.Module):
         """The same on the CPU, channels last and with two maps for all that lies between.
 
         A map of its own for each step would cost nothing but that glibc does not use one's place again for
-        the next: 250 MB in AudioLDM's vocoder.
+        the next: over 200 MB in AudioLDM's vocoder.
         """
         out = x.unsqueeze(2).clone(memory_format=torch.channels_last)
         active, h = torch.empty_like(out), torch.empty_like(out)
